@@ -1,0 +1,55 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+extras = {
+    "demo": ["matplotlib", "scikit-learn"],
+    "eval": ["evaluate>=0.4.6", "scipy", "torchmetrics>=1.9"],
+    "test": [
+        "matplotlib",
+        "pytest",
+        "scikit-learn",
+        "tensorboard",
+        "vector-quantize-pytorch",
+    ],
+    "quality": ["ruff"],
+    "docs": ["hf-doc-builder"],
+}
+extras["dev"] = sorted({requirement for extra in extras.values() for requirement in extra})
+
+setup(
+    name="hf-ifsq",
+    version="0.1.0.dev0",
+    description="iFSQ image tokenizers, autoregressive and diffusion generators for the Hugging Face ecosystem",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"hf_ifsq": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "diffusers>=0.42",
+        "huggingface_hub>=2.4",
+        "numpy",
+        "Pillow",
+        "PyYAML",
+        "safetensors>=0.8",
+        "torch>=2.6",
+        "transformers>=5.23",
+    ],
+    extras_require=extras,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,58 @@
+"""Rotary positions of a two-dimensional grid, shared by both generators."""
+
+import torch
+
+
+def rotary_table_2d(
+    grid_size: tuple[int, int], head_dim: int, theta: float = 10000.0, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cosines and sines that turn a head's channels by their position in the grid, as in LlamaGen
+    (https://arxiv.org/abs/2406.06525). Pairs are neighbouring channels; the first half of the pairs turns with the
+    row, the second half with the column, pair i of a half by `position * theta ** (-4 * i / head_dim)`.
+
+    Args:
+        grid_size (`tuple[int, int]`): rows and columns.
+        head_dim (`int`): channels of a head, a multiple of 4.
+        theta (`float`, *optional*, defaults to 10000.0): base of the frequencies.
+        device (`torch.device`, *optional*): where the table is made.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: cosines and sines, each float32 of shape `(rows * columns, head_dim)`,
+        cells in raster order, the value of a pair repeated for both of its channels.
+
+    Raises:
+        ValueError: if `head_dim` is not a multiple of 4.
+    """  # noqa: D205
+    if head_dim % 4:
+        raise ValueError(f"2D rotary positions need a head dimension that is a multiple of 4, got {head_dim}.")
+    rows, columns = grid_size
+    exponents = torch.arange(head_dim // 4, device=device, dtype=torch.float32) * (4 / head_dim)
+    frequencies = 1.0 / theta**exponents
+    row_angles = torch.outer(torch.arange(rows, device=device, dtype=torch.float32), frequencies)
+    column_angles = torch.outer(torch.arange(columns, device=device, dtype=torch.float32), frequencies)
+    angles = torch.cat(
+        [
+            row_angles[:, None].expand(rows, columns, -1),
+            column_angles[None].expand(rows, columns, -1),
+        ],
+        dim=-1,
+    )
+    angles = angles.reshape(rows * columns, head_dim // 2).repeat_interleave(2, dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary_2d(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Turn neighbouring channel pairs by their position, computed in the dtype of the table.
+
+    Args:
+        states (`torch.Tensor` of shape `(..., sequence, head_dim)`): queries or keys.
+        cos, sin (`torch.Tensor` of shape `(sequence, head_dim)`): rows of [`rotary_table_2d`].
+
+    Returns:
+        `torch.Tensor` of the shape and dtype of `states`.
+    """
+    first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-second, first), dim=-1).flatten(-2)
+    return (states * cos + turned * sin).to(states.dtype)
