@@ -102,7 +102,7 @@ class FiniteScalarQuantizer(nn.Module):
         levels = self._channelwise(self._levels, z.ndim)
         half_width = (levels - 1) / 2
         if all(level % 2 for level in self.levels):
-            return torch.addcmul(-half_width, torch.sigmoid(z.float() * self.alpha), 2 * half_width)
+            return torch.addcmul(-half_width, (z.float() * self.alpha).sigmoid_(), 2 * half_width)
         even = (levels % 2 == 0).float()
         # FSQ's stretch is 1e-3. The cap only acts above 900 levels, where 1e-3 would open one bin more than there are.
         half_width = half_width * (1 + even * (0.9 / (levels - 1)).clamp(max=1e-3))
@@ -129,8 +129,8 @@ class FiniteScalarQuantizer(nn.Module):
         with torch.autocast(device_type=z.device.type, enabled=False):
             rounded = _RoundStraightThrough.apply(self.bound(z))
             half = self._channelwise(self._levels // 2, z.ndim)
-            codes = (rounded / half).to(z.dtype)
-            indices = self._digits_to_indices(rounded.detach().long() + half)
+            indices = self._centred_digits_to_indices(rounded.detach())
+            codes = rounded.div_(half).to(z.dtype)
         return codes, indices
 
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
@@ -146,14 +146,14 @@ class FiniteScalarQuantizer(nn.Module):
         """  # noqa: D205
         self._check_channels(codes, "codes")
         half = self._channelwise(self._levels // 2, codes.ndim)
-        digits = (codes.float() * half).round() + half
+        centred_digits = (codes.float() * half).round()
         levels = self._channelwise(self._levels, codes.ndim)
-        if not ((digits >= 0) & (digits < levels)).all():
+        if not ((centred_digits >= -half) & (centred_digits < levels - half)).all():
             raise ValueError(
                 f"`codes` must be within the codebook of levels {self.levels}, that is within [-1, 1], but it spans "
                 f"[{codes.min().item()}, {codes.max().item()}]."
             )
-        return self._digits_to_indices(digits.long())
+        return self._centred_digits_to_indices(centred_digits)
 
     def indices_to_codes(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """
@@ -182,12 +182,15 @@ class FiniteScalarQuantizer(nn.Module):
         half = self._channelwise(self._levels // 2, indices.ndim + 1)
         return ((torch.stack(digits, dim=1) - half) / half).to(dtype)
 
-    def _digits_to_indices(self, digits: torch.Tensor) -> torch.Tensor:
-        # Horner's rule from the most significant channel down, in int64: exact for any codebook that fits.
-        indices = digits[:, -1].clone()
-        for channel in range(len(self.levels) - 2, -1, -1):
-            indices.mul_(self.levels[channel]).add_(digits[:, channel])
-        return indices
+    def _centred_digits_to_indices(self, centred_digits: torch.Tensor) -> torch.Tensor:
+        # Horner's rule from the most significant channel down, in int64: exact for any codebook that fits. A digit is
+        # its centred value plus L // 2; the sum over the channels of that constant is added once, at the end.
+        indices = centred_digits[:, -1].long()
+        centre = self.levels[-1] // 2
+        for channel in reversed(range(len(self.levels) - 1)):
+            indices.mul_(self.levels[channel]).add_(centred_digits[:, channel].long())
+            centre = centre * self.levels[channel] + self.levels[channel] // 2
+        return indices.add_(centre)
 
     def _check_channels(self, values: torch.Tensor, name: str) -> None:
         if values.ndim < 2 or values.shape[1] != len(self.levels):
