@@ -1,0 +1,302 @@
+"""The iFSQ image tokenizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+from .quantization import FiniteScalarQuantizer
+
+
+@dataclass
+class AutoencoderIFSQEncoderOutput(BaseOutput):
+    """
+    Output of [`AutoencoderIFSQ.encode`].
+
+    Args:
+        codes (`torch.Tensor` of shape `(batch, d, height / f, width / f)`): quantized values in [-1, 1].
+        indices (`torch.Tensor` of shape `(batch, height / f, width / f)`): int64 token ids in [0, codebook_size).
+    """
+
+    codes: torch.Tensor
+    indices: torch.Tensor
+
+
+@dataclass
+class AutoencoderIFSQOutput(BaseOutput):
+    """
+    Output of [`AutoencoderIFSQ.forward`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): reconstruction, about in [-1, 1].
+        codes (`torch.Tensor` of shape `(batch, d, height / f, width / f)`): quantized values in [-1, 1].
+        indices (`torch.Tensor` of shape `(batch, height / f, width / f)`): int64 token ids in [0, codebook_size).
+    """
+
+    sample: torch.Tensor
+    codes: torch.Tensor
+    indices: torch.Tensor
+
+
+class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
+    r"""
+    Convolutional autoencoder whose bottleneck is finite scalar quantization with the iFSQ bound
+    (https://arxiv.org/abs/2601.17124). Its `indices` feed an autoregressive generator, its `codes` a diffusion model.
+    Encoder and decoder are those of [`~diffusers.AutoencoderKL`] and [`~diffusers.VQModel`], without attention.
+    The defaults are the paper's model with a downsampling factor `f = 2 ** (len(block_out_channels) - 1) = 16` and
+    4 bits in each of 4 dimensions.
+
+    Args:
+        in_channels (`int`, *optional*, defaults to 3): channels of the input image, 1 for grey images.
+        out_channels (`int`, *optional*, defaults to 3): channels of the reconstruction.
+        block_out_channels (`tuple[int, ...]`, *optional*, defaults to `(128, 128, 256, 512, 512)`):
+            width of each resolution; every one but the last is followed by a halving of the resolution.
+        layers_per_block (`int`, *optional*, defaults to 2): residual blocks at each resolution of the encoder.
+        norm_num_groups (`int`, *optional*, defaults to 32): groups of the group normalizations.
+        z_channels (`int`, *optional*, defaults to `len(levels)`):
+            channels between the decoder and its 1x1 convolution. The encoder's side has twice as many, as in the
+            official weights.
+        levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`):
+            levels of each of the `d` channels of the codes, see [`FiniteScalarQuantizer`].
+        alpha (`float`, *optional*, defaults to 1.6): slope of the bound; 1.6 is iFSQ, 2.0 is FSQ's `tanh`.
+        sample_size (`int`, *optional*, defaults to 256): side in pixels of the images trained on, and of a tile.
+        scaling_factor (`float`, *optional*, defaults to 1.0):
+            what a diffusion model multiplies codes by: the inverse of their standard deviation over the training set.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_ifsq import AutoencoderIFSQ
+
+    >>> tokenizer = AutoencoderIFSQ(block_out_channels=(32, 32, 64), layers_per_block=1, sample_size=32)
+    >>> encoded = tokenizer.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    >>> encoded.codes.shape, encoded.indices.shape
+    (torch.Size([2, 4, 8, 8]), torch.Size([2, 8, 8]))
+    >>> tokenizer.decode_indices(encoded.indices).sample.shape
+    torch.Size([2, 3, 32, 32])
+
+    ```
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResnetBlock2D"]
+    _skip_layerwise_casting_patterns = ["quantizer"]
+    _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
+
+    # Share of a tile that overlaps with the next one.
+    tile_overlap_factor = 0.25
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        z_channels: int | None = None,
+        levels: tuple[int, ...] = (17, 17, 17, 17),
+        alpha: float = 1.6,
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        z_channels = len(levels) if z_channels is None else z_channels
+        blocks = {
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+            "mid_block_add_attention": False,
+        }
+        self.encoder = Encoder(
+            in_channels=in_channels,
+            out_channels=z_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
+            double_z=True,
+            **blocks,
+        )
+        self.quant_conv = nn.Conv2d(2 * z_channels, len(levels), 1)
+        self.quantizer = FiniteScalarQuantizer(levels, alpha)
+        self.post_quant_conv = nn.Conv2d(len(levels), z_channels, 1)
+        self.decoder = Decoder(
+            in_channels=z_channels,
+            out_channels=out_channels,
+            up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
+            **blocks,
+        )
+        self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
+        if sample_size % self.downsampling_factor:
+            raise ValueError(
+                f"`sample_size` must be a multiple of the downsampling factor {self.downsampling_factor} that "
+                f"{len(block_out_channels)} `block_out_channels` give, got {sample_size}."
+            )
+        self.tile_latent_size = sample_size // self.downsampling_factor
+        self.use_slicing = False
+        self.use_tiling = False
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different indices."""
+        return self.quantizer.codebook_size
+
+    @apply_forward_hook
+    def encode(
+        self, pixel_values: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderIFSQEncoderOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Encode images into codes and their indices.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`):
+                images in [-1, 1]; height and width are multiples of the downsampling factor.
+            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+
+        Returns:
+            [`AutoencoderIFSQEncoderOutput`] or `tuple`: `codes` and `indices`.
+
+        Raises:
+            ValueError: if `pixel_values` is of another shape or dtype than said, or if it or the weights are not finite.
+        """
+        self._check_pixel_values(pixel_values)
+        latent = self._sliced(self._encode, pixel_values)
+        if not torch.compiler.is_compiling() and not torch.isfinite(latent).all():
+            culprit = "the encoder's weights are" if torch.isfinite(pixel_values).all() else "`pixel_values` is"
+            raise ValueError(f"{culprit} not finite (NaN or infinity): there is nothing to quantize.")
+        codes, indices = self.quantizer(latent)
+        if not return_dict:
+            return codes, indices
+        return AutoencoderIFSQEncoderOutput(codes=codes, indices=indices)
+
+    @apply_forward_hook
+    def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Decode codes, or any other values in [-1, 1], into images.
+
+        Args:
+            codes (`torch.Tensor` of shape `(batch, d, height / f, width / f)`): values in [-1, 1].
+            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+
+        Returns:
+            [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: `sample`, images of shape
+            `(batch, out_channels, height, width)`, about in [-1, 1].
+
+        Raises:
+            ValueError: if `codes` has not the shape `(batch, d, *, *)`.
+        """
+        if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
+            raise ValueError(
+                f"`codes` must have shape (batch, {len(self.quantizer.levels)}, height, width), got {tuple(codes.shape)}."
+            )
+        sample = self._sliced(self._decode, codes)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Decode token ids into images.
+
+        Args:
+            indices (`torch.Tensor` of shape `(batch, height / f, width / f)`): integers in [0, codebook_size).
+            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+
+        Returns:
+            As [`AutoencoderIFSQ.decode`].
+
+        Raises:
+            ValueError: if `indices` has another shape or dtype than said, or an index outside the codebook.
+        """
+        if indices.ndim != 3:
+            raise ValueError(f"`indices` must have shape (batch, height, width), got {tuple(indices.shape)}.")
+        return self.decode(self.quantizer.indices_to_codes(indices, dtype=self.dtype), return_dict=return_dict)
+
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderIFSQOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Encode and decode images; gradients pass straight through the rounding.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`): as in `encode`.
+            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+
+        Returns:
+            [`AutoencoderIFSQOutput`] or `tuple`: `sample`, `codes` and `indices`.
+        """
+        codes, indices = self.encode(pixel_values, return_dict=False)
+        (sample,) = self.decode(codes, return_dict=False)
+        if not return_dict:
+            return sample, codes, indices
+        return AutoencoderIFSQOutput(sample=sample, codes=codes, indices=indices)
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        factor, channels = self.downsampling_factor, self.config.in_channels
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(f"`pixel_values` must have shape (batch, {channels}, height, width), got {shape}.")
+        if shape[2] % factor or shape[3] % factor or 0 in shape:
+            raise ValueError(
+                f"The height and width of `pixel_values` must be positive multiples of the downsampling factor {factor}, "
+                f"got shape {shape}: resize or crop the images."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"`pixel_values` must be floats in [-1, 1], got a tensor of dtype {pixel_values.dtype}.")
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        tile = self.tile_latent_size * self.downsampling_factor
+        if self.use_tiling and max(pixel_values.shape[-2:]) > tile:
+            return self._tiled(
+                lambda part: self.quant_conv(self.encoder(part)), pixel_values, self.downsampling_factor, 1
+            )
+        return self.quant_conv(self.encoder(pixel_values))
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.use_tiling and max(codes.shape[-2:]) > self.tile_latent_size:
+            return self._tiled(
+                lambda part: self.decoder(self.post_quant_conv(part)), codes, 1, self.downsampling_factor
+            )
+        return self.decoder(self.post_quant_conv(codes))
+
+    def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        if self.use_slicing and batch.shape[0] > 1:
+            return torch.cat([function(row) for row in batch.split(1)])
+        return function(batch)
+
+    def _tiled(
+        self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, scale_in: int, scale_out: int
+    ) -> torch.Tensor:
+        """
+        Apply `function` to overlapping tiles and average them with weights that fall off linearly towards a tile's edge.
+        Sizes are counted in cells of the token grid; a cell is `scale_in` values wide in the input of `function` and
+        `scale_out` in its output.
+        """  # noqa: D205
+        rows, columns = (size // scale_in for size in batch.shape[-2:])
+        tile = self.tile_latent_size
+        stride = max(1, round(tile * (1 - self.tile_overlap_factor)))
+        total, weights = None, None
+        for top in _tile_starts(rows, tile, stride):
+            for left in _tile_starts(columns, tile, stride):
+                bottom, right = min(top + tile, rows), min(left + tile, columns)
+                part = function(batch[..., top * scale_in : bottom * scale_in, left * scale_in : right * scale_in])
+                if total is None:
+                    shape = (*part.shape[:2], rows * scale_out, columns * scale_out)
+                    total, weights = part.new_zeros(shape), part.new_zeros(shape[-2:])
+                ramps = [torch.arange(1, side + 1, device=part.device, dtype=part.dtype) for side in part.shape[-2:]]
+                weight = torch.outer(*[torch.minimum(ramp, ramp.flip(0)) for ramp in ramps])
+                window = (..., slice(top * scale_out, bottom * scale_out), slice(left * scale_out, right * scale_out))
+                total[window] += part * weight
+                weights[window] += weight
+        return total / weights
+
+
+def _tile_starts(size: int, tile: int, stride: int) -> list[int]:
+    """Starts of the tiles along one side; the last tile ends where the side ends."""
+    if size <= tile:
+        return [0]
+    return [*range(0, size - tile, stride), size - tile]
