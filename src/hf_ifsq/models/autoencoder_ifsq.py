@@ -162,7 +162,7 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
             [`AutoencoderIFSQEncoderOutput`] or `tuple`: `codes` and `indices`.
 
         Raises:
-            ValueError: if `pixel_values` is of another shape or dtype than said, or if it or the weights are not finite.
+            ValueError: if `pixel_values` is of another shape or dtype than said, or if it or a weight is not finite.
         """
         self._check_pixel_values(pixel_values)
         latent = self._sliced(self._encode, pixel_values)
@@ -192,7 +192,8 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
             raise ValueError(
-                f"`codes` must have shape (batch, {len(self.quantizer.levels)}, height, width), got {tuple(codes.shape)}."
+                f"`codes` must have shape (batch, {len(self.quantizer.levels)}, height, width), got "
+                f"{tuple(codes.shape)}."
             )
         sample = self._sliced(self._decode, codes)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
@@ -242,26 +243,27 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"`pixel_values` must have shape (batch, {channels}, height, width), got {shape}.")
         if shape[2] % factor or shape[3] % factor or 0 in shape:
             raise ValueError(
-                f"The height and width of `pixel_values` must be positive multiples of the downsampling factor {factor}, "
-                f"got shape {shape}: resize or crop the images."
+                f"The height and width of `pixel_values` must be positive multiples of the downsampling factor "
+                f"{factor}, got shape {shape}: resize or crop the images."
             )
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be floats in [-1, 1], got a tensor of dtype {pixel_values.dtype}.")
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        tile = self.tile_latent_size * self.downsampling_factor
-        if self.use_tiling and max(pixel_values.shape[-2:]) > tile:
-            return self._tiled(
-                lambda part: self.quant_conv(self.encoder(part)), pixel_values, self.downsampling_factor, 1
-            )
-        return self.quant_conv(self.encoder(pixel_values))
+        def encode_tile(tile: torch.Tensor) -> torch.Tensor:
+            return self.quant_conv(self.encoder(tile))
+
+        if self.use_tiling and max(pixel_values.shape[-2:]) > self.tile_latent_size * self.downsampling_factor:
+            return self._tiled(encode_tile, pixel_values, scale_in=self.downsampling_factor, scale_out=1)
+        return encode_tile(pixel_values)
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        def decode_tile(tile: torch.Tensor) -> torch.Tensor:
+            return self.decoder(self.post_quant_conv(tile))
+
         if self.use_tiling and max(codes.shape[-2:]) > self.tile_latent_size:
-            return self._tiled(
-                lambda part: self.decoder(self.post_quant_conv(part)), codes, 1, self.downsampling_factor
-            )
-        return self.decoder(self.post_quant_conv(codes))
+            return self._tiled(decode_tile, codes, scale_in=1, scale_out=self.downsampling_factor)
+        return decode_tile(codes)
 
     def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         if self.use_slicing and batch.shape[0] > 1:
@@ -272,9 +274,9 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, scale_in: int, scale_out: int
     ) -> torch.Tensor:
         """
-        Apply `function` to overlapping tiles and average them with weights that fall off linearly towards a tile's edge.
-        Sizes are counted in cells of the token grid; a cell is `scale_in` values wide in the input of `function` and
-        `scale_out` in its output.
+        Apply `function` to overlapping tiles and average them, with weights that fall off linearly towards the edges
+        of a tile. Sizes are counted in cells of the token grid; a cell is `scale_in` values wide in the input of
+        `function` and `scale_out` in its output.
         """  # noqa: D205
         rows, columns = (size // scale_in for size in batch.shape[-2:])
         tile = self.tile_latent_size
