@@ -65,7 +65,8 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
         levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`):
             levels of each of the `d` channels of the codes, see [`FiniteScalarQuantizer`].
         alpha (`float`, *optional*, defaults to 1.6): slope of the bound; 1.6 is iFSQ, 2.0 is FSQ's `tanh`.
-        sample_size (`int`, *optional*, defaults to 256): side in pixels of the images trained on, and of a tile.
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 256):
+            height and width in pixels of the images trained on, and of a tile.
         scaling_factor (`float`, *optional*, defaults to 1.0):
             what a diffusion model multiplies codes by: the inverse of their standard deviation over the training set.
 
@@ -104,7 +105,7 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
         z_channels: int | None = None,
         levels: tuple[int, ...] = (17, 17, 17, 17),
         alpha: float = 1.6,
-        sample_size: int = 256,
+        sample_size: int | tuple[int, int] = 256,
         scaling_factor: float = 1.0,
     ):
         super().__init__()
@@ -132,12 +133,13 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
             **blocks,
         )
         self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
-        if sample_size % self.downsampling_factor:
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        if height % self.downsampling_factor or width % self.downsampling_factor:
             raise ValueError(
                 f"`sample_size` must be a multiple of the downsampling factor {self.downsampling_factor} that "
                 f"{len(block_out_channels)} `block_out_channels` give, got {sample_size}."
             )
-        self.tile_latent_size = sample_size // self.downsampling_factor
+        self.grid_size = (height // self.downsampling_factor, width // self.downsampling_factor)
         self.use_slicing = False
         self.use_tiling = False
 
@@ -253,17 +255,13 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
         def encode_tile(tile: torch.Tensor) -> torch.Tensor:
             return self.quant_conv(self.encoder(tile))
 
-        if self.use_tiling and max(pixel_values.shape[-2:]) > self.tile_latent_size * self.downsampling_factor:
-            return self._tiled(encode_tile, pixel_values, scale_in=self.downsampling_factor, scale_out=1)
-        return encode_tile(pixel_values)
+        return self._tiled(encode_tile, pixel_values, scale_in=self.downsampling_factor, scale_out=1)
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         def decode_tile(tile: torch.Tensor) -> torch.Tensor:
             return self.decoder(self.post_quant_conv(tile))
 
-        if self.use_tiling and max(codes.shape[-2:]) > self.tile_latent_size:
-            return self._tiled(decode_tile, codes, scale_in=1, scale_out=self.downsampling_factor)
-        return decode_tile(codes)
+        return self._tiled(decode_tile, codes, scale_in=1, scale_out=self.downsampling_factor)
 
     def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
         if self.use_slicing and batch.shape[0] > 1:
@@ -274,17 +272,18 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
         self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, scale_in: int, scale_out: int
     ) -> torch.Tensor:
         """
-        Apply `function` to overlapping tiles and average them, with weights that fall off linearly towards the edges
-        of a tile. Sizes are counted in cells of the token grid; a cell is `scale_in` values wide in the input of
-        `function` and `scale_out` in its output.
+        With tiling on, apply `function` to overlapping tiles of the size of `grid_size` and average them, with weights
+        that fall off linearly towards the edges of a tile. Sizes are counted in cells of the token grid; a cell is
+        `scale_in` values wide in the input of `function` and `scale_out` in its output.
         """  # noqa: D205
         rows, columns = (size // scale_in for size in batch.shape[-2:])
-        tile = self.tile_latent_size
-        stride = max(1, round(tile * (1 - self.tile_overlap_factor)))
+        tile_rows, tile_columns = self.grid_size
+        if not self.use_tiling or (rows <= tile_rows and columns <= tile_columns):
+            return function(batch)
         total, weights = None, None
-        for top in _tile_starts(rows, tile, stride):
-            for left in _tile_starts(columns, tile, stride):
-                bottom, right = min(top + tile, rows), min(left + tile, columns)
+        for top in self._tile_starts(rows, tile_rows):
+            for left in self._tile_starts(columns, tile_columns):
+                bottom, right = min(top + tile_rows, rows), min(left + tile_columns, columns)
                 part = function(batch[..., top * scale_in : bottom * scale_in, left * scale_in : right * scale_in])
                 if total is None:
                     shape = (*part.shape[:2], rows * scale_out, columns * scale_out)
@@ -296,9 +295,8 @@ class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
                 weights[window] += weight
         return total / weights
 
-
-def _tile_starts(size: int, tile: int, stride: int) -> list[int]:
-    """Starts of the tiles along one side; the last tile ends where the side ends."""
-    if size <= tile:
-        return [0]
-    return [*range(0, size - tile, stride), size - tile]
+    def _tile_starts(self, size: int, tile: int) -> list[int]:
+        """Starts of the tiles along one side; the last tile ends where the side ends."""
+        if size <= tile:
+            return [0]
+        return [*range(0, size - tile, max(1, round(tile * (1 - self.tile_overlap_factor)))), size - tile]

@@ -1,0 +1,119 @@
+"""Configuration of the autoregressive generator."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+
+@strict
+class IFSQARConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`IFSQARModel`] and [`IFSQARForImageGeneration`], LlamaGen's architecture
+    (https://arxiv.org/abs/2406.06525). The defaults are size B for iFSQ tokens of 17 levels in 4 channels, read as two
+    factors.
+
+    Args:
+        vocab_sizes (`list[int]`, *optional*, defaults to `[289, 289]`):
+            Number of values of each factor of a token, the least significant first. One entry is one head over the
+            whole codebook; the product is the size of the codebook.
+        num_classes (`int`, *optional*, defaults to 1000): number of class labels.
+        grid_size (`list[int]`, *optional*, defaults to `[16, 16]`): rows and columns of the token grid.
+        hidden_size (`int`, *optional*, defaults to 768): width of the hidden states.
+        intermediate_size (`int`, *optional*):
+            width of the feed-forward layers, by default `2/3 * 4 * hidden_size` rounded up to a multiple of 256.
+        num_hidden_layers (`int`, *optional*, defaults to 12): transformer layers over the grid.
+        num_factor_layers (`int`, *optional*, defaults to 2):
+            transformer layers over the factors of one token; without effect for one factor.
+        num_attention_heads (`int`, *optional*, defaults to 12): attention heads of each layer.
+        rope_theta (`float`, *optional*, defaults to 10000.0): base of the rotary frequencies.
+        rms_norm_eps (`float`, *optional*, defaults to 1e-5): epsilon of the normalizations.
+        dropout (`float`, *optional*, defaults to 0.1):
+            dropout probability of token embeddings and of the outputs of attention and feed-forward layers.
+        class_dropout_prob (`float`, *optional*, defaults to 0.1):
+            probability in training of replacing a class label by the null class `num_classes`, for classifier-free
+            guidance. With 0.0 the model has no null class and cannot be guided.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights.
+        use_cache (`bool`, *optional*, defaults to `False`):
+            whether a forward pass without `past_key_values` makes and returns a cache.
+        id2label (`dict[int, str]`, *optional*): names of the classes.
+
+    Raises:
+        StrictDataclassClassValidationError: if the sizes contradict each other.
+
+    Example:
+
+    ```python
+    >>> from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration
+
+    >>> config = IFSQARConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, grid_size=[4, 4])
+    >>> config.intermediate_size
+    256
+    >>> model = IFSQARForImageGeneration(config)
+
+    ```
+    """
+
+    model_type = "ifsq_ar"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_sizes: list[int] | tuple[int, ...] = (289, 289)
+    num_classes: int = 1000
+    grid_size: list[int] | tuple[int, ...] = (16, 16)
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_factor_layers: int = 2
+    num_attention_heads: int = 12
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-5
+    dropout: float | int = 0.1
+    class_dropout_prob: float | int = 0.1
+    initializer_range: float = 0.02
+    use_cache: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.vocab_sizes = list(self.vocab_sizes)
+        self.grid_size = list(self.grid_size)
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-(8 * self.hidden_size // 3) // 256) * 256
+        if self.id2label is None:
+            kwargs["num_labels"] = self.num_classes
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Raises a `ValueError` if the sizes contradict each other; run on construction."""
+        if not self.vocab_sizes or min(self.vocab_sizes) < 2:
+            raise ValueError(f"`vocab_sizes` must be one or more integers of at least 2, got {self.vocab_sizes}.")
+        if len(self.grid_size) != 2 or min(self.grid_size) < 1:
+            raise ValueError(f"`grid_size` must be two positive integers, rows and columns, got {self.grid_size}.")
+        if len(self.vocab_sizes) > self.num_tokens + 1:
+            raise ValueError(
+                f"`vocab_sizes` has {len(self.vocab_sizes)} factors, but the rotary table of a grid of "
+                f"{self.grid_size} has positions for only {self.num_tokens + 1}."
+            )
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of 4 * `num_attention_heads` "
+                f"(4 * {self.num_attention_heads}), for rotary positions in two dimensions."
+            )
+        if len(self.id2label) != self.num_classes:
+            raise ValueError(
+                f"`id2label` names {len(self.id2label)} classes, but `num_classes` is {self.num_classes}."
+            )
+        for name in ("dropout", "class_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different whole token ids."""
+        return math.prod(self.vocab_sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of an image: the cells of the grid."""
+        return self.grid_size[0] * self.grid_size[1]
+
+
+AutoConfig.register("ifsq_ar", IFSQARConfig)

@@ -1,0 +1,39 @@
+"""Randomness by image: what an image looks like depends on its own generator, never on its neighbours."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def image_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int
+) -> list[torch.Generator]:
+    """
+    One random generator for each image.
+
+    Args:
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            A list of `num_images` generators, or a single one for a single image, is used as it is. From a single one
+            for several images a seed is drawn for each image first, from the global one if there is none.
+        num_images (`int`): number of images.
+
+    Returns:
+        `list[torch.Generator]`: `num_images` generators.
+
+    Raises:
+        ValueError: if a list of another length than `num_images` is given.
+    """
+    if isinstance(generator, torch.Generator):
+        if num_images == 1:
+            return [generator]
+        seeds = torch.randint(2**63 - 1, (num_images,), generator=generator, device=generator.device)
+    elif generator is None:
+        seeds = torch.randint(2**63 - 1, (num_images,))
+    else:
+        if len(generator) != num_images:
+            raise ValueError(
+                f"`generator` must be one `torch.Generator` or a list of one for each of the {num_images} images, got "
+                f"a list of {len(generator)}."
+            )
+        return list(generator)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
