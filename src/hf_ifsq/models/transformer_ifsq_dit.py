@@ -1,0 +1,321 @@
+"""The diffusion backbone: a diffusion transformer that predicts the velocity of flow matching."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import BaseOutput
+from torch import nn
+from torch.nn import functional as F
+
+from .rotary import apply_rotary_2d, rotary_table_2d
+
+
+@dataclass
+class IFSQDiTOutput(BaseOutput):
+    """
+    Output of [`IFSQDiTTransformer2DModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, channels, height, width)`): the velocity, data minus noise.
+        hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+            the embedded patches and the output of each block, `(batch, patches, hidden_size)`, in raster order.
+    """
+
+    sample: torch.Tensor
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+def _norm(norm_type: str | None, size: int, eps: float = 1e-6, layer_norm_weights: bool = False) -> nn.Module:
+    if norm_type is None:
+        return nn.Identity()
+    if norm_type == "rms_norm":
+        return nn.RMSNorm(size, eps=eps)
+    return nn.LayerNorm(size, eps=eps, elementwise_affine=layer_norm_weights)
+
+
+def _modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return hidden_states * (1 + scale[:, None]) + shift[:, None]
+
+
+class IFSQDiTAttention(nn.Module):
+    """Bidirectional self-attention with two-dimensional rotary positions and normalized queries and keys."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None):
+        super().__init__()
+        self.num_heads = num_heads
+        head_dim = hidden_size // num_heads
+        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        # The official code gives the layer norm of queries and keys weights and PyTorch's default epsilon.
+        eps = 1e-6 if qk_norm == "rms_norm" else 1e-5
+        self.norm_q = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
+        self.norm_k = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
+        self.to_out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """`(batch, patches, hidden_size)` to the same."""
+        qkv = self.to_qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query = apply_rotary_2d(self.norm_q(query), *rotary)
+        key = apply_rotary_2d(self.norm_k(key), *rotary)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class IFSQDiTFeedForward(nn.Module):
+    """SwiGLU, or the two-layer perceptron with a tanh-approximated GELU of the original DiT."""
+
+    def __init__(self, hidden_size: int, inner_size: int, activation_fn: str):
+        super().__init__()
+        self.activation_fn = activation_fn
+        if activation_fn == "swiglu":
+            inner_size = 2 * inner_size // 3
+            self.proj_in = nn.Linear(hidden_size, 2 * inner_size)
+        else:
+            self.proj_in = nn.Linear(hidden_size, inner_size)
+        self.proj_out = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, patches, hidden_size)` to the same."""
+        hidden_states = self.proj_in(hidden_states)
+        if self.activation_fn == "swiglu":
+            gate, hidden_states = hidden_states.chunk(2, dim=-1)
+            return self.proj_out(F.silu(gate) * hidden_states)
+        return self.proj_out(F.gelu(hidden_states, approximate="tanh"))
+
+
+class IFSQDiTBlock(nn.Module):
+    """Transformer block modulated by the condition (adaLN-zero, https://arxiv.org/abs/2212.09748)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        inner_size: int,
+        norm_type: str,
+        qk_norm: str | None,
+        activation_fn: str,
+    ):
+        super().__init__()
+        self.norm1 = _norm(norm_type, hidden_size)
+        self.attn = IFSQDiTAttention(hidden_size, num_heads, qk_norm)
+        self.norm2 = _norm(norm_type, hidden_size)
+        self.ff = IFSQDiTFeedForward(hidden_size, inner_size, activation_fn)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, condition: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """`(batch, patches, hidden_size)` to the same; `condition` is `(batch, hidden_size)`."""
+        parts = self.modulation(F.silu(condition)).chunk(6, dim=-1)
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = parts
+        attended = self.attn(_modulate(self.norm1(hidden_states), shift_attn, scale_attn), rotary)
+        hidden_states = hidden_states + gate_attn[:, None] * attended
+        fed = self.ff(_modulate(self.norm2(hidden_states), shift_ff, scale_ff))
+        return hidden_states + gate_ff[:, None] * fed
+
+
+class IFSQDiTTransformer2DModel(ModelMixin, ConfigMixin):
+    r"""
+    Class-conditional diffusion transformer over the codes of an image tokenizer, as in iFSQ's DiT
+    (https://arxiv.org/abs/2601.17124). On the straight path `x_t = t * x_1 + (1 - t) * x_0` from noise `x_0` to scaled
+    codes `x_1` it predicts the velocity `x_1 - x_0`.
+
+    Args:
+        sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 16): rows and columns of the latents.
+        patch_size (`int`, *optional*, defaults to 1): side of the square of latents that makes a token.
+        in_channels (`int`, *optional*, defaults to 4): channels of the latents.
+        num_layers (`int`, *optional*, defaults to 12): number of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 12): attention heads of each block.
+        attention_head_dim (`int`, *optional*, defaults to 64):
+            channels of a head, a multiple of 4; the hidden size is `num_attention_heads * attention_head_dim`.
+        num_classes (`int`, *optional*, defaults to 1000): number of class labels; `num_classes` is the null class.
+        class_dropout_prob (`float`, *optional*, defaults to 0.1):
+            probability in training of replacing a label by the null class, for classifier-free guidance.
+        mlp_ratio (`float`, *optional*, defaults to 4.0):
+            width of the feed-forward layers over the hidden size; with SwiGLU two thirds of that.
+        norm_type (`str`, *optional*, defaults to `"rms_norm"`): `"rms_norm"`, or `"layer_norm"` without weights.
+        qk_norm (`str`, *optional*, defaults to `"rms_norm"`):
+            normalization of queries and keys: `"rms_norm"`, `"layer_norm"` or `None`.
+        activation_fn (`str`, *optional*, defaults to `"swiglu"`): `"swiglu"` or `"gelu-approximate"`.
+        id2label (`dict[int, str]`, *optional*): names of the classes.
+
+    Raises:
+        ValueError: if an option has no such value, or if the sizes contradict each other.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_ifsq import IFSQDiTTransformer2DModel
+
+    >>> model = IFSQDiTTransformer2DModel(sample_size=4, num_layers=2, num_attention_heads=2, attention_head_dim=16)
+    >>> latents = torch.randn(2, 4, 4, 4)
+    >>> model(latents, timestep=torch.tensor([0.1, 0.9]), class_labels=torch.tensor([3, 7])).sample.shape
+    torch.Size([2, 4, 4, 4])
+
+    ```
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["IFSQDiTBlock"]
+    _repeated_blocks = ["IFSQDiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] = 16,
+        patch_size: int = 1,
+        in_channels: int = 4,
+        num_layers: int = 12,
+        num_attention_heads: int = 12,
+        attention_head_dim: int = 64,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        mlp_ratio: float = 4.0,
+        norm_type: str = "rms_norm",
+        qk_norm: str | None = "rms_norm",
+        activation_fn: str = "swiglu",
+        id2label: dict[int, str] | None = None,
+    ):
+        super().__init__()
+        self._check_config()
+        hidden_size = num_attention_heads * attention_head_dim
+        self.gradient_checkpointing = False
+        self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(256, hidden_size)
+        self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
+        self.blocks = nn.ModuleList(
+            [
+                IFSQDiTBlock(
+                    hidden_size,
+                    num_attention_heads,
+                    inner_size=int(mlp_ratio * hidden_size),
+                    norm_type=norm_type,
+                    qk_norm=qk_norm,
+                    activation_fn=activation_fn,
+                )
+                for _ in range(num_layers)
+            ]
+        )
+        self.norm_out = _norm(norm_type, hidden_size)
+        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj_out = nn.Linear(hidden_size, patch_size**2 * in_channels)
+        self._init_weights()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.LongTensor,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> IFSQDiTOutput | tuple[torch.Tensor, ...]:
+        """
+        Predict the velocity at a point of the path.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): noisy latents `x_t`.
+            timestep (`torch.Tensor` of shape `(batch,)`): `t` in [0, 1], 0 for noise and 1 for data; not times 1000.
+            class_labels (`torch.LongTensor` of shape `(batch,)`): ids in [0, num_classes].
+            output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return each block's output.
+            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+
+        Returns:
+            [`IFSQDiTOutput`] or `tuple`.
+
+        Raises:
+            ValueError: if a shape, a timestep or a label is not as said.
+        """
+        self._check_inputs(hidden_states, timestep, class_labels)
+        patch_size = self.config.patch_size
+        grid = (hidden_states.shape[2] // patch_size, hidden_states.shape[3] // patch_size)
+        device = hidden_states.device
+
+        hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
+        hidden_states = hidden_states + self._fixed_positions(grid, device).to(hidden_states.dtype)
+        rotary = rotary_table_2d(grid, self.config.attention_head_dim, device=device)
+        time = self.time_embed(self.time_features(timestep).to(hidden_states.dtype))
+        condition = time + self.class_embed(self._drop_labels(class_labels))
+
+        all_hidden_states = [hidden_states]
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary)
+            else:
+                hidden_states = block(hidden_states, condition, rotary)
+            all_hidden_states.append(hidden_states)
+
+        shift, scale = self.modulation_out(F.silu(condition)).chunk(2, dim=-1)
+        patches = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
+        # (batch, rows * columns, p * p * channels) to (batch, channels, rows * p, columns * p)
+        patches = patches.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, -1))
+        sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+        collected = tuple(all_hidden_states) if output_hidden_states else None
+        if not return_dict:
+            return (sample,) if collected is None else (sample, collected)
+        return IFSQDiTOutput(sample=sample, hidden_states=collected)
+
+    def _fixed_positions(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """Sine-cosine positions, `(rows * columns, hidden_size)`: the first half of the channels is the column."""
+        rows, columns = torch.meshgrid(*[torch.arange(size, device=device) for size in grid], indexing="ij")
+        return get_2d_sincos_pos_embed_from_grid(self.class_embed.embedding_dim, torch.stack([columns, rows])).float()
+
+    def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.config.class_dropout_prob == 0:
+            return class_labels
+        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
+        return class_labels.masked_fill(dropped, self.config.num_classes)
+
+    def _init_weights(self) -> None:
+        """As in DiT: Xavier weights, small embeddings, and zeros where a block or the model begins as the identity."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+                nn.init.zeros_(module.bias)
+        for weight in (self.class_embed.weight, self.time_embed.linear_1.weight, self.time_embed.linear_2.weight):
+            nn.init.normal_(weight, std=0.02)
+        for module in (self.proj_out, self.modulation_out, *[block.modulation for block in self.blocks]):
+            nn.init.zeros_(module.weight)
+
+    def _check_config(self) -> None:
+        choices = {
+            "norm_type": ("rms_norm", "layer_norm"),
+            "qk_norm": ("rms_norm", "layer_norm", None),
+            "activation_fn": ("swiglu", "gelu-approximate"),
+            "patch_size": (1, 2),
+        }
+        for name, allowed in choices.items():
+            if self.config[name] not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {self.config[name]!r}.")
+        size = self.config.sample_size
+        if any(side % self.config.patch_size for side in ([size] if isinstance(size, int) else size)):
+            raise ValueError(f"`sample_size` must be a multiple of `patch_size` {self.config.patch_size}, got {size}.")
+        if not 0 <= self.config.class_dropout_prob < 1:
+            raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {self.config.class_dropout_prob}.")
+        id2label, num_classes = self.config.id2label, self.config.num_classes
+        if id2label is not None and len(id2label) != num_classes:
+            raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
+
+    def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
+        channels, patch_size = self.config.in_channels, self.config.patch_size
+        shape = tuple(hidden_states.shape)
+        if len(shape) != 4 or shape[1] != channels or shape[2] % patch_size or shape[3] % patch_size:
+            raise ValueError(
+                f"`hidden_states` must have shape (batch, {channels}, height, width) with sides that are multiples of "
+                f"the patch size {patch_size}, got {shape}."
+            )
+        for name, values in (("timestep", timestep), ("class_labels", class_labels)):
+            if tuple(values.shape) != shape[:1]:
+                raise ValueError(f"`{name}` must have shape ({shape[0]},), one an image, got {tuple(values.shape)}.")
+        if torch.compiler.is_compiling():
+            return
+        if timestep.min() < 0 or timestep.max() > 1:
+            raise ValueError(f"`timestep` must be in [0, 1] (not times 1000), got {timestep.tolist()}.")
+        if class_labels.min() < 0 or class_labels.max() > self.config.num_classes:
+            raise ValueError(f"`class_labels` must be in [0, {self.config.num_classes}], got {class_labels.tolist()}.")
