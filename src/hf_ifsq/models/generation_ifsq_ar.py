@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.generation import (
@@ -53,6 +54,7 @@ class IFSQARGenerationMixin:
     """`generate` of [`~hf_ifsq.IFSQARForImageGeneration`]."""
 
     @torch.no_grad()
+    @apply_forward_hook
     def generate(
         self,
         class_labels: torch.LongTensor,

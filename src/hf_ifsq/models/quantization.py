@@ -133,6 +133,24 @@ class FiniteScalarQuantizer(nn.Module):
             codes = rounded.div_(half).to(z.dtype)
         return codes, indices
 
+    def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
+        """
+        Round values of any size to the nearest codes.
+
+        Args:
+            values (`torch.Tensor` of shape `(batch, d, *spatial)`): values in the range of codes or beyond.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `values`: codes in [-1, 1].
+
+        Raises:
+            ValueError: if `values` has not `d` channels.
+        """
+        self._check_channels(values, "values")
+        half = self._channelwise(self._levels // 2, values.ndim)
+        last = self._channelwise(self._levels, values.ndim) - 1 - half
+        return (torch.clamp((values.float() * half).round(), -half, last) / half).to(values.dtype)
+
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
         """
         Args:

@@ -1,0 +1,130 @@
+"""Class labels to images through the autoregressive generator."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ImagePipelineOutput
+
+from ..models.autoencoder_ifsq import AutoencoderIFSQ
+from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
+from .pipeline_utils import ClassConditionalPipeline
+
+
+class IFSQARPipeline(ClassConditionalPipeline):
+    """
+    Generates images of given classes, token by token.
+
+    Args:
+        transformer ([`IFSQARForImageGeneration`]): the generator.
+        tokenizer ([`AutoencoderIFSQ`]): the tokenizer that the generator was trained with.
+
+    Raises:
+        ValueError: if the two disagree on the codebook or the grid, or if a weight is not finite.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_ifsq import IFSQARPipeline
+
+    >>> pipe = IFSQARPipeline.from_pretrained("outputs/demo/ar")
+    >>> pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images[0]
+    ```
+    """
+
+    def __init__(self, transformer: IFSQARForImageGeneration, tokenizer: AutoencoderIFSQ):
+        super().__init__()
+        self._register(transformer=transformer, tokenizer=tokenizer)
+        if transformer.config.codebook_size != tokenizer.codebook_size:
+            raise ValueError(
+                f"`transformer` predicts {transformer.config.codebook_size} tokens (`vocab_sizes` "
+                f"{transformer.config.vocab_sizes}), but `tokenizer` has a codebook of {tokenizer.codebook_size} "
+                f"(`levels` {list(tokenizer.config.levels)}): use the tokenizer that the generator was trained with."
+            )
+        if tuple(transformer.config.grid_size) != tokenizer.grid_size:
+            raise ValueError(
+                f"`transformer` has a `grid_size` of {list(transformer.config.grid_size)} tokens, but `tokenizer` "
+                f"gives {list(tokenizer.grid_size)} (its `sample_size` is {tokenizer.config.sample_size}): load the "
+                "tokenizer with the `sample_size` of the images that the generator was trained on."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        num_images_per_label: int = 1,
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        do_sample: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Generate images.
+
+        Args:
+            class_labels (`int`, `str`, or a list of them):
+                classes as ids in [0, num_classes) or as names of the generator's `id2label`.
+            num_images_per_label (`int`, *optional*, defaults to 1): images of each class, next to each other.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                strength of classifier-free guidance, at least 1.0, which turns it off.
+            temperature (`float`, *optional*, defaults to 1.0): positive divisor of the logits.
+            top_k (`int`, *optional*): keep only this many most likely values of each factor of a token.
+            top_p (`float`, *optional*): keep only the most likely values that together have this probability.
+            do_sample (`bool`, *optional*, defaults to `True`): whether to sample; otherwise take the most likely.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                one for all images or one each. An image depends on its own generator and label alone.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"` images; `"np"` array of shape `(batch, height, width, channels)` or `"pt"` tensor of shape
+                `(batch, channels, height, width)` in [0, 1]; `"latent"` for the token ids, `(batch, rows, columns)`.
+            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                called after each token with the pipeline, the step, the step again (where diffusion pipelines give
+                the timestep), and a dictionary with `"indices"`, the ids `(batch, num_tokens)`, zero where they are
+                still to come. It returns such a dictionary; changed ids are taken over.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
+
+        Raises:
+            ValueError: if an argument is out of its range.
+        """
+        # 1. Check and prepare the inputs.
+        self._check_output_type(output_type)
+        labels = self._prepare_labels(class_labels, num_images_per_label)
+
+        # 2. Generate the tokens.
+        with self.progress_bar(total=self.transformer.config.num_tokens) as progress_bar:
+
+            def on_step_end(step: int, indices: torch.Tensor) -> None:
+                if callback_on_step_end is not None:
+                    indices.copy_(callback_on_step_end(self, step, step, {"indices": indices})["indices"])
+                progress_bar.update()
+
+            indices = self.transformer.generate(
+                labels,
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                do_sample=do_sample,
+                generator=generator,
+                callback=on_step_end,
+            ).unflatten(1, tuple(self.transformer.config.grid_size))
+
+        # 3. Decode them.
+        images = indices
+        if output_type != "latent":
+            images = self._postprocess(self.tokenizer.decode_indices(indices).sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+# `DiffusionPipeline.from_pretrained` looks up the class that a pipeline was saved from in diffusers itself.
+diffusers.IFSQARPipeline = IFSQARPipeline

@@ -1,0 +1,217 @@
+"""Class labels to images through flow matching."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import ImagePipelineOutput, SchedulerMixin
+
+from ..models.autoencoder_ifsq import AutoencoderIFSQ
+from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
+from ..randomness import image_generators
+from .pipeline_utils import ClassConditionalPipeline
+
+
+class IFSQDiTPipeline(ClassConditionalPipeline):
+    """
+    Generates images of given classes by following the velocity of flow matching from noise to a tokenizer's codes.
+
+    Args:
+        transformer ([`IFSQDiTTransformer2DModel`]): the model of the velocity.
+        tokenizer ([`AutoencoderIFSQ`]): the tokenizer that the model was trained with.
+        scheduler ([`~diffusers.SchedulerMixin`]):
+            a scheduler for flow matching: [`~diffusers.FlowMatchEulerDiscreteScheduler`] or
+            [`~diffusers.FlowMatchHeunDiscreteScheduler`], or a multistep solver with `use_flow_sigmas=True` and
+            `prediction_type="flow_prediction"`.
+
+    Raises:
+        ValueError: if model and tokenizer disagree on the codes or the grid, or if a weight is not finite.
+
+    Example:
+
+    ```py
+    >>> import torch
+    >>> from hf_ifsq import IFSQDiTPipeline
+
+    >>> pipe = IFSQDiTPipeline.from_pretrained("outputs/demo/dit")
+    >>> pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images[0]
+    ```
+    """
+
+    def __init__(
+        self,
+        transformer: IFSQDiTTransformer2DModel,
+        tokenizer: AutoencoderIFSQ,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self._register(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
+        if transformer.config.in_channels != len(tokenizer.config.levels):
+            raise ValueError(
+                f"`transformer` has {transformer.config.in_channels} `in_channels`, but the codes of `tokenizer` have "
+                f"{len(tokenizer.config.levels)}: use the tokenizer that the model was trained with."
+            )
+        size = transformer.config.sample_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if size != tokenizer.grid_size:
+            raise ValueError(
+                f"`transformer` has a `sample_size` of {list(size)}, but `tokenizer` gives a grid of "
+                f"{list(tokenizer.grid_size)} (its `sample_size` is {tokenizer.config.sample_size}): load the "
+                "tokenizer with the `sample_size` of the images that the model was trained on."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        num_images_per_label: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        snap_to_codes: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """
+        Generate images.
+
+        Args:
+            class_labels (`int`, `str`, or a list of them):
+                classes as ids in [0, num_classes) or as names of the model's `id2label`.
+            num_images_per_label (`int`, *optional*, defaults to 1): images of each class, next to each other.
+            num_inference_steps (`int`, *optional*, defaults to 50): steps of the scheduler.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                strength of classifier-free guidance, on all channels; at least 1.0, which turns it off.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+                first and last t, in [0, 1] from noise to data, with guidance; elsewhere only conditional rows are
+                computed.
+            snap_to_codes (`bool`, *optional*, defaults to `True`):
+                whether to round the final latents to the nearest codes before they are decoded.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                one for all images or one each. An image depends on its own generator and label alone.
+            latents (`torch.Tensor` of shape `(batch, channels, rows, columns)`, *optional*):
+                standard normal noise to start from instead of what `generator` draws.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"` images; `"np"` array of shape `(batch, height, width, channels)` or `"pt"` tensor of shape
+                `(batch, channels, height, width)` in [0, 1]; `"latent"` for the final latents, codes times the
+                tokenizer's `scaling_factor`.
+            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                called after each step with the pipeline, the step, the scheduler's timestep and a dictionary with
+                `"latents"`. It returns such a dictionary; changed latents are taken over.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
+
+        Raises:
+            ValueError: if an argument is out of its range, or if the scheduler is not one for flow matching.
+        """
+        # 1. Check and prepare the inputs.
+        self._check_inputs(num_inference_steps, guidance_scale, guidance_interval, output_type)
+        labels = self._prepare_labels(class_labels, num_images_per_label)
+        latents = self._prepare_latents(latents, generator, len(labels))
+
+        # 2. Prepare the timesteps: sigma is the share of noise in the latents, 1 - t.
+        self._set_timesteps(num_inference_steps)
+
+        # 3. Follow the velocity. The model's points to the data, a scheduler's to the noise.
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                t = 1 - float(self.scheduler.sigmas[step])
+                guided = guidance_scale > 1 and guidance_interval[0] <= t <= guidance_interval[1]
+                velocity = self._predict_velocity(latents, t, labels, guidance_scale if guided else 1.0)
+                if step == 0 and not torch.isfinite(velocity).all():
+                    raise ValueError("The predicted velocity is not finite: the weights or `latents` hold NaN.")
+                latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    latents = callback_on_step_end(self, step, timestep, {"latents": latents})["latents"]
+                progress_bar.update()
+
+        # 4. Decode the latents.
+        scaling_factor = self.tokenizer.config.scaling_factor
+        codes = latents / scaling_factor
+        if snap_to_codes:
+            codes = self.tokenizer.quantizer.nearest_codes(codes)
+        images = codes * scaling_factor
+        if output_type != "latent":
+            images = self._postprocess(self.tokenizer.decode(codes.to(self.tokenizer.dtype)).sample, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict_velocity(
+        self, latents: torch.Tensor, t: float, labels: torch.Tensor, guidance_scale: float
+    ) -> torch.Tensor:
+        if guidance_scale > 1:
+            latents = latents.repeat(2, 1, 1, 1)
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
+        timesteps = torch.full((len(latents),), t, device=latents.device)
+        velocity = self.transformer(latents.to(self.transformer.dtype), timesteps, labels).sample.float()
+        if guidance_scale > 1:
+            cond, uncond = velocity.chunk(2)
+            velocity = uncond + guidance_scale * (cond - uncond)
+        return velocity
+
+    def _prepare_latents(
+        self,
+        latents: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        batch_size: int,
+    ) -> torch.Tensor:
+        """Noise in float32, in which the path is followed whatever the dtype of the model."""
+        shape = (self.transformer.config.in_channels, *self.tokenizer.grid_size)
+        device = self._execution_device
+        if latents is None:
+            noise = [
+                torch.randn(shape, generator=generator, device=generator.device).to(device)
+                for generator in image_generators(generator, batch_size)
+            ]
+            return torch.stack(noise)
+        if tuple(latents.shape) != (batch_size, *shape):
+            raise ValueError(f"`latents` must have shape {(batch_size, *shape)}, got {tuple(latents.shape)}.")
+        return latents.to(device, torch.float32)
+
+    def _set_timesteps(self, num_inference_steps: int) -> None:
+        parameters = inspect.signature(self.scheduler.set_timesteps).parameters
+        if "sigmas" in parameters:
+            # Even steps over all of [0, 1]; a scheduler's own grid may stop short of the data or start off the noise.
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+            self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+
+    def _check_inputs(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        output_type: str,
+    ) -> None:
+        self._check_output_type(output_type)
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        if not guidance_scale >= 1.0:
+            raise ValueError(f"`guidance_scale` must be at least 1.0, which turns guidance off, got {guidance_scale}.")
+        if guidance_scale > 1.0 and self.transformer.config.class_dropout_prob == 0:
+            raise ValueError(
+                f"`guidance_scale` is {guidance_scale}, but this model was trained without class dropout "
+                "(`class_dropout_prob=0`), so its null class means nothing: use 1.0."
+            )
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(f"`guidance_interval` must be two increasing numbers in [0, 1], got {guidance_interval}.")
+        config = self.scheduler.config
+        multistep = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+        if not multistep and not type(self.scheduler).__name__.startswith("FlowMatch"):
+            raise ValueError(
+                f"`scheduler` must be one for flow matching, a `FlowMatch...Scheduler` or a multistep solver with "
+                f"`use_flow_sigmas=True` and `prediction_type='flow_prediction'`, got {type(self.scheduler).__name__}."
+            )
+
+
+# `DiffusionPipeline.from_pretrained` looks up the class that a pipeline was saved from in diffusers itself.
+diffusers.IFSQDiTPipeline = IFSQDiTPipeline

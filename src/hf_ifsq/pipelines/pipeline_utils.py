@@ -1,0 +1,114 @@
+"""What the two class-conditional pipelines share: labels, the match of generator and tokenizer, pictures."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import nn
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """
+    Base of pipelines of a class-conditional generator, `transformer`, and an image tokenizer, `tokenizer`. The names of
+    the classes come from the `id2label` of the generator's config.
+    """
+
+    model_cpu_offload_seq = "transformer->tokenizer"
+
+    def _register(self, **components: Any) -> None:
+        self.register_modules(**components)
+        for name, component in components.items():
+            if isinstance(component, nn.Module):
+                check_finite_weights(component, name)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.tokenizer.downsampling_factor)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class names and their ids, in the order of the ids; empty if the generator's config has no `id2label`."""
+        id2label = self.transformer.config.id2label or {}
+        return {name: class_id for class_id, name in sorted((int(key), name) for key, name in id2label.items())}
+
+    def get_label_ids(self, names: str | Sequence[str]) -> list[int]:
+        """
+        Look up class names.
+
+        Args:
+            names (`str` or `list[str]`): one or more of the names in `labels`.
+
+        Returns:
+            `list[int]`: their ids.
+
+        Raises:
+            ValueError: if a name is unknown; the message suggests the closest ones.
+        """
+        labels = self.labels
+        names = [names] if isinstance(names, str) else list(names)
+        for name in names:
+            if name not in labels:
+                close = difflib.get_close_matches(name, labels, n=5, cutoff=0.3) or list(labels)[:5]
+                hint = f"Did you mean one of {close}?" if labels else "The generator's config has no `id2label`."
+                raise ValueError(
+                    f"`class_labels` has {name!r}, which is none of the {len(labels)} class names. {hint}"
+                )
+        return [labels[name] for name in names]
+
+    def _prepare_labels(
+        self, class_labels: int | str | Sequence[int | str] | torch.Tensor, num_images_per_label: int
+    ) -> torch.Tensor:
+        """Ids on the execution device, each repeated `num_images_per_label` times in a row."""
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.flatten().tolist()
+        elif isinstance(class_labels, (int, str, np.integer)):
+            class_labels = [class_labels]
+        if num_images_per_label < 1:
+            raise ValueError(f"`num_images_per_label` must be at least 1, got {num_images_per_label}.")
+        if len(class_labels) == 0:
+            raise ValueError("`class_labels` is empty: give at least one class.")
+        num_classes = self.transformer.config.num_classes
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str):
+                label = self.get_label_ids(label)[0]
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < num_classes:
+                raise ValueError(f"`class_labels` must be names or integers in [0, {num_classes}), got {label!r}.")
+            ids += [int(label)] * num_images_per_label
+        return torch.tensor(ids, device=self._execution_device)
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+
+    def _postprocess(self, sample: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
+        """Images in [-1, 1] to PIL images, or to an array or tensor in [0, 1]."""
+        return self.image_processor.postprocess(sample.float(), output_type=output_type)
+
+
+def check_finite_weights(model: nn.Module, name: str) -> None:
+    """
+    Raise an error if a weight is NaN or infinite, which would give a picture of noise or nothing.
+
+    Args:
+        model (`torch.nn.Module`): a model; weights on the meta device and integer weights are passed over.
+        name (`str`): what to call it in the message.
+
+    Raises:
+        ValueError: with the names of the first weights that are not finite.
+    """
+    bad = [
+        key
+        for key, weight in model.named_parameters()
+        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all()
+    ]
+    if bad:
+        raise ValueError(
+            f"`{name}` has {len(bad)} weights with NaN or infinite values, the first being {bad[:3]}: the checkpoint is "
+            "broken or its training diverged."
+        )
