@@ -17,8 +17,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 class ClassConditionalPipeline(DiffusionPipeline):
     """
-    Base of pipelines of a class-conditional generator, `transformer`, and an image tokenizer, `tokenizer`. The names of
-    the classes come from the `id2label` of the generator's config.
+    Base of pipelines of a class-conditional generator, `transformer`, and an image tokenizer, `tokenizer`. The names
+    of the classes come from the `id2label` of the generator's config.
     """
 
     model_cpu_offload_seq = "transformer->tokenizer"
@@ -109,6 +109,6 @@ def check_finite_weights(model: nn.Module, name: str) -> None:
     ]
     if bad:
         raise ValueError(
-            f"`{name}` has {len(bad)} weights with NaN or infinite values, the first being {bad[:3]}: the checkpoint is "
-            "broken or its training diverged."
+            f"`{name}` has {len(bad)} weights with NaN or infinite values, the first being {bad[:3]}: the checkpoint "
+            "is broken or its training diverged."
         )
