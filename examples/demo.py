@@ -156,10 +156,8 @@ def generate(pipeline: ClassConditionalPipeline, classifier: SVC, name: str) -> 
 def save_grid(images: np.ndarray, columns: int, name: str, zoom: int = 3) -> None:
     rows = images.reshape(-1, columns, SIZE, SIZE)
     grid = rows.transpose(0, 2, 1, 3).reshape(len(rows) * SIZE, columns * SIZE)
-    picture = Image.fromarray((grid.clip(0, 1) * 255).round().astype(np.uint8))
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(
-        OUTPUT / f"{name}.png"
-    )
+    grid = grid.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    Image.fromarray((grid.clip(0, 1) * 255).round().astype(np.uint8)).save(OUTPUT / f"{name}.png")
 
 
 def save_figure(figure: plt.Figure, name: str) -> None:
@@ -201,8 +199,8 @@ def write_report(report: dict[str, float]) -> None:
 {rows}
 
 `psnr db` and `code entropy bits` (mean over the channels) are of digits held out from all training. `ar recognized`
-and `dit recognized` are the shares of 1,000 generated digits that a support vector machine, fitted on real digits alone,
-assigns to the class that was asked for; `real recognized` is its score on held-out real digits.
+and `dit recognized` are the shares of 1,000 generated digits that a support vector machine, fitted on real digits
+alone, assigns to the class that was asked for; `real recognized` is its score on held-out real digits.
 
 Held-out digits above their reconstructions:
 
