@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .loading import StrictLoadingMixin
 from .quantization import FiniteScalarQuantizer
 
 
@@ -44,7 +45,7 @@ class AutoencoderIFSQOutput(BaseOutput):
     indices: torch.Tensor
 
 
-class AutoencoderIFSQ(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
     r"""
     Convolutional autoencoder whose bottleneck is finite scalar quantization with the iFSQ bound
     (https://arxiv.org/abs/2601.17124). Its `indices` feed an autoregressive generator, its `codes` a diffusion model.

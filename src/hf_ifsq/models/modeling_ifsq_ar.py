@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin, static_cache
+from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
 
 
@@ -140,7 +141,7 @@ class IFSQARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-class IFSQARPreTrainedModel(PreTrainedModel):
+class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     """Weight initialization, loading and saving."""
 
     config: IFSQARConfig
@@ -171,6 +172,9 @@ class IFSQARModel(IFSQARPreTrainedModel):
     Args:
         config ([`IFSQARConfig`]): sizes of the model.
     """
+
+    # A whole generator's checkpoint also loads into this part of it.
+    _keys_to_ignore_on_load_unexpected = [r"^norm\.", r"^lm_heads\.", r"^factor_layers\."]
 
     def __init__(self, config: IFSQARConfig):
         super().__init__(config)

@@ -302,9 +302,10 @@ class TrainingRun:
     def _cut_log(self) -> None:
         """Drop entries of an earlier run: all in a new run, those after the checkpoint in a resumed one."""
         file = self.output_dir / LOG_FILE
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
+        if self._checkpoint is None:
+            file.unlink(missing_ok=True)
+        elif file.is_file():
             # The last line may be half written if the run was killed.
-            complete = [line for line in lines if line.endswith("}")]
-            kept = [line for line in complete if json.loads(line)["step"] <= self.global_step and self._checkpoint]
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= self.global_step]
             file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
