@@ -243,13 +243,14 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         time = self.time_embed(self.time_features(timestep).to(hidden_states.dtype))
         condition = time + self.class_embed(self._drop_labels(class_labels))
 
-        all_hidden_states = [hidden_states]
+        collected = (hidden_states,) if output_hidden_states else None
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary)
             else:
                 hidden_states = block(hidden_states, condition, rotary)
-            all_hidden_states.append(hidden_states)
+            if collected is not None:
+                collected += (hidden_states,)
 
         shift, scale = self.modulation_out(F.silu(condition)).chunk(2, dim=-1)
         patches = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
@@ -257,7 +258,6 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         patches = patches.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, -1))
         sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-        collected = tuple(all_hidden_states) if output_hidden_states else None
         if not return_dict:
             return (sample,) if collected is None else (sample, collected)
         return IFSQDiTOutput(sample=sample, hidden_states=collected)
