@@ -36,13 +36,14 @@ def sample_from_logits(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
     total = cumulative[:, -1]
     # Rounding may lift the threshold to the total, past the last token that has any probability.
     threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0]
+    # Logits that are no numbers find no place at all; `generate` reports them, the id stays a valid one until then.
+    return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def _sampling_processors(temperature: float, top_k: int | None, top_p: float | None) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(temperature))
+        processors.append(TemperatureLogitsWarper(float(temperature)))
     if top_k is not None:
         processors.append(TopKLogitsWarper(top_k))
     if top_p is not None:
@@ -106,6 +107,7 @@ class IFSQARGenerationMixin:
         cache = static_cache(self.config.num_hidden_layers, num_tokens)
         factor_cache = static_cache(len(self.factor_layers), num_factors)
         indices = torch.zeros(batch, num_tokens, dtype=torch.long, device=device)
+        finite = torch.tensor(True, device=device)
 
         for step in range(num_tokens):
             # 1. One position through the transformer: the class first, then the token chosen last.
@@ -126,8 +128,7 @@ class IFSQARGenerationMixin:
                 if guided:
                     cond, uncond = logits.chunk(2)
                     logits = uncond + guidance_scale * (cond - uncond)
-                if step == 0 and not torch.isfinite(logits).all():
-                    raise ValueError("The model's logits are not finite: its weights hold NaN or infinity.")
+                finite &= logits.isfinite().all()
                 logits = processors(None, logits)
                 if do_sample:
                     factors.append(sample_from_logits(logits, uniforms[:, step, position]))
@@ -136,6 +137,9 @@ class IFSQARGenerationMixin:
             indices[:, step] = self.model.join_factors(factors)
             if callback is not None:
                 callback(step + 1, indices)
+        # Asked once, at the end: it makes the host wait for the device.
+        if not finite:
+            raise ValueError("The model's logits are not finite: its weights hold NaN or infinity.")
         return indices
 
     def _check_generate_inputs(self, class_labels: torch.Tensor, guidance_scale: float) -> bool:

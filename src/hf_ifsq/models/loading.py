@@ -2,25 +2,33 @@
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 
 class StrictLoadingMixin:
     """In front of a model base class: missing, unexpected and misshapen weights are errors of `from_pretrained`."""
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+    ) -> Any:
         """
         Load a model as the library's `from_pretrained` does.
 
         Raises:
             ValueError: if the checkpoint and the model have not the same weights.
         """
-        model, loading_info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = {
-            name: sorted(map(str, loading_info[name]))
-            for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-            if loading_info[name]
-        }
+        # The error of transformers does not name misshapen weights: they are let through to be named here.
+        let_through = ignore_mismatched_sizes or issubclass(cls, PreTrainedModel)
+        model, loading_info = super().from_pretrained(
+            *args, output_loading_info=True, ignore_mismatched_sizes=let_through, **kwargs
+        )
+        kinds = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
+        problems = [
+            f"{len(loading_info[kind])} {kind}: {sorted(map(str, loading_info[kind]))[:3]}"
+            for kind in kinds
+            if loading_info[kind]
+        ]
         if problems:
-            listed = "; ".join(f"{len(keys)} {name}: {keys[:3]}" for name, keys in problems.items())
-            raise ValueError(f"The checkpoint does not fit {cls.__name__} with its config. {listed}.")
+            raise ValueError(f"The checkpoint does not fit {cls.__name__} with its config. {'; '.join(problems)}.")
         return (model, loading_info) if output_loading_info else model

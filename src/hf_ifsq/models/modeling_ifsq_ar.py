@@ -141,6 +141,10 @@ class IFSQARDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
+class IFSQAROutputHead(nn.Linear):
+    """Starts at zero: as in LlamaGen, training begins with uniform predictions."""
+
+
 class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     """Weight initialization, loading and saving."""
 
@@ -157,11 +161,10 @@ class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": IFSQARDecoderLayer}
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, IFSQARForImageGeneration):
-            # As in LlamaGen, training starts from uniform predictions.
-            for head in module.lm_heads:
-                initialization.zeros_(head.weight)
+        if isinstance(module, IFSQAROutputHead):
+            initialization.zeros_(module.weight)
+        else:
+            super()._init_weights(module)
 
 
 class IFSQARModel(IFSQARPreTrainedModel):
@@ -321,7 +324,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         num_factor_layers = config.num_factor_layers if len(config.vocab_sizes) > 1 else 0
         self.factor_layers = nn.ModuleList([IFSQARDecoderLayer(config, idx) for idx in range(num_factor_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_heads = nn.ModuleList([nn.Linear(config.hidden_size, size, bias=False) for size in config.vocab_sizes])
+        self.lm_heads = nn.ModuleList(
+            [IFSQAROutputHead(config.hidden_size, size, bias=False) for size in config.vocab_sizes]
+        )
         self.post_init()
 
     @can_return_tuple
@@ -436,19 +441,31 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         labels: torch.Tensor | None,
         past_key_values: Cache | None,
     ) -> None:
+        # Without the class the first token is read, and it takes a second one to predict anything.
+        shortest = 1 if class_labels is not None else 2
+        longest = self.config.num_tokens
+        if input_ids is None or input_ids.ndim != 2 or not shortest <= input_ids.shape[1] <= longest:
+            got = "None" if input_ids is None else tuple(input_ids.shape)
+            raise ValueError(f"`input_ids` must have shape (batch, {shortest} to {longest}), got {got}.")
         if class_labels is not None:
             self._check_class_labels(class_labels)
+            if len(class_labels) != len(input_ids):
+                raise ValueError(
+                    f"`class_labels` must have one label for each of the {len(input_ids)} rows of `input_ids`, got "
+                    f"shape {tuple(class_labels.shape)}."
+                )
         elif past_key_values is None:
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")
-        if input_ids is None or input_ids.ndim != 2 or not 1 <= input_ids.shape[1] <= self.config.num_tokens:
-            got = "None" if input_ids is None else tuple(input_ids.shape)
-            raise ValueError(f"`input_ids` must have shape (batch, 1 to {self.config.num_tokens}), got {got}.")
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
             )
         for name, ids in (("input_ids", input_ids), ("labels", labels)):
-            values = input_ids[:, :0] if ids is None else ids if name == "input_ids" else ids[ids != -100]
+            if ids is None:
+                continue
+            if ids.is_floating_point():
+                raise ValueError(f"`{name}` must be integers, got a tensor of dtype {ids.dtype}.")
+            values = ids if name == "input_ids" else ids[ids != -100]
             if values.numel() and (values.min() < 0 or values.max() >= self.config.codebook_size):
                 raise ValueError(
                     f"`{name}` must be in [0, {self.config.codebook_size}), the codebook of `vocab_sizes` "

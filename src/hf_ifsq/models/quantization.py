@@ -6,6 +6,10 @@ import torch
 from torch import nn
 
 
+# Beyond it, neighbouring half-integers are no longer exact in float32.
+MAX_LEVEL = 2**20
+
+
 class _RoundStraightThrough(torch.autograd.Function):
     """`round` whose gradient is that of the identity."""
 
@@ -36,12 +40,13 @@ class FiniteScalarQuantizer(nn.Module):
 
     Args:
         levels (`list[int]`):
-            Number of levels of each channel, each at least 2, with a product of at most 2**63 - 1.
+            Number of levels of each channel, from 2 to 2**20 each, with a product of at most 2**63 - 1.
         alpha (`float`, *optional*, defaults to 1.6):
             Slope of the bound, positive.
 
     Raises:
-        ValueError: if `levels` is empty, has a level below 2 or too large a product, or if `alpha` is not positive.
+        ValueError: if `levels` is empty, has too small or large a level or too large a product, or if `alpha` is not
+            positive.
 
     Example:
 
@@ -64,6 +69,8 @@ class FiniteScalarQuantizer(nn.Module):
         levels = list(levels)
         if not levels or any(not isinstance(level, int) or level < 2 for level in levels):
             raise ValueError(f"`levels` must be one or more integers of at least 2, one a channel, got {levels}.")
+        if max(levels) > MAX_LEVEL:
+            raise ValueError(f"`levels` must be at most {MAX_LEVEL} each, which float32 can tell apart, got {levels}.")
         if math.prod(levels) > 2**63 - 1:
             raise ValueError(
                 f"`levels` {levels} make a codebook of {math.prod(levels)} entries, but an int64 index can count only "

@@ -183,6 +183,9 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         id2label: dict[int, str] | None = None,
     ):
         super().__init__()
+        if id2label is not None:
+            # JSON turns integer keys into strings.
+            self.register_to_config(id2label={int(class_id): name for class_id, name in id2label.items()})
         self._check_config()
         hidden_size = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
@@ -294,6 +297,11 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         for name, allowed in choices.items():
             if self.config[name] not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}, got {self.config[name]!r}.")
+        if self.config.attention_head_dim % 4:
+            raise ValueError(
+                f"`attention_head_dim` must be a multiple of 4, for rotary positions in two dimensions, got "
+                f"{self.config.attention_head_dim}."
+            )
         size = self.config.sample_size
         if any(side % self.config.patch_size for side in ([size] if isinstance(size, int) else size)):
             raise ValueError(f"`sample_size` must be a multiple of `patch_size` {self.config.patch_size}, got {size}.")
@@ -314,9 +322,11 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         for name, values in (("timestep", timestep), ("class_labels", class_labels)):
             if tuple(values.shape) != shape[:1]:
                 raise ValueError(f"`{name}` must have shape ({shape[0]},), one an image, got {tuple(values.shape)}.")
+        if class_labels.is_floating_point():
+            raise ValueError(f"`class_labels` must be integers, got a tensor of dtype {class_labels.dtype}.")
         if torch.compiler.is_compiling():
             return
-        if timestep.min() < 0 or timestep.max() > 1:
+        if not ((timestep >= 0) & (timestep <= 1)).all():
             raise ValueError(f"`timestep` must be in [0, 1] (not times 1000), got {timestep.tolist()}.")
         if class_labels.min() < 0 or class_labels.max() > self.config.num_classes:
             raise ValueError(f"`class_labels` must be in [0, {self.config.num_classes}], got {class_labels.tolist()}.")
