@@ -102,8 +102,9 @@ class IFSQARPipeline(ClassConditionalPipeline):
         # 2. Generate the tokens.
         with self.progress_bar(total=self.transformer.config.num_tokens) as progress_bar:
 
-            def on_step_end(step: int, indices: torch.Tensor) -> None:
+            def on_step_end(num_generated: int, indices: torch.Tensor) -> None:
                 if callback_on_step_end is not None:
+                    step = num_generated - 1
                     indices.copy_(callback_on_step_end(self, step, step, {"indices": indices})["indices"])
                 progress_bar.update()
 

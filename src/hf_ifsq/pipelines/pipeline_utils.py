@@ -66,7 +66,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Ids on the execution device, each repeated `num_images_per_label` times in a row."""
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, (int, str, np.integer)):
+        elif isinstance(class_labels, str) or not isinstance(class_labels, (Sequence, np.ndarray)):
             class_labels = [class_labels]
         if num_images_per_label < 1:
             raise ValueError(f"`num_images_per_label` must be at least 1, got {num_images_per_label}.")

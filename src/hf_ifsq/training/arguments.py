@@ -139,16 +139,24 @@ def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = No
     config_parser = HfArgumentParser((), allow_abbrev=False, add_help=False)
     config_parser.add_argument("--config")
     recipe_file = config_parser.parse_known_args(argv)[0].config
-    if recipe_file is not None:
-        recipe = yaml.safe_load(Path(recipe_file).read_text(encoding="utf-8"))
-        if not isinstance(recipe, dict):
-            raise ValueError(f"`config` {recipe_file} must be a YAML mapping of argument names to values.")
-        unknown = sorted(set(recipe) - {entry.name for entry in fields(arguments_class)})
-        if unknown:
-            raise ValueError(
-                f"`config` {recipe_file} has unknown arguments for {arguments_class.__name__}: {unknown}."
-            )
-        # Strings go through the parser's types, as they would on the command line: YAML reads 1e-4 as a string.
-        parser.set_defaults(**recipe)
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    # The recipe goes before the command line, through the same types and choices: the last value of a name counts.
+    recipe = [] if recipe_file is None else _recipe_to_argv(recipe_file, arguments_class)
+    (arguments,) = parser.parse_args_into_dataclasses([*recipe, *argv])
     return arguments
+
+
+def _recipe_to_argv(file: str, arguments_class: type[TrainingArguments]) -> list[str]:
+    recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"`config` {file} must be a YAML mapping of argument names to values.")
+    types = {entry.name: entry.type for entry in fields(arguments_class)}
+    unknown = sorted(set(recipe) - set(types))
+    if unknown:
+        raise ValueError(f"`config` {file} has unknown arguments for {arguments_class.__name__}: {unknown}.")
+    argv = []
+    for name, value in recipe.items():
+        if isinstance(value, list) and "list" not in str(types[name]):
+            raise ValueError(f"`config` {file}: `{name}` takes one value, got {value}.")
+        if value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return argv

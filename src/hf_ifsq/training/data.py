@@ -38,6 +38,11 @@ def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None
     train = splits[train_split]
     if args.image_column not in train.column_names:
         raise ValueError(f"`image_column` {args.image_column!r} is none of the columns {train.column_names}.")
+    if not isinstance(train.features[args.image_column], datasets.Image):
+        raise ValueError(
+            f"`image_column` {args.image_column!r} must hold images, but it has the type "
+            f"{train.features[args.image_column]}."
+        )
     if args.max_train_samples is not None and args.max_train_samples < len(train):
         train = train.shuffle(seed=args.seed).select(range(args.max_train_samples))
     validation = None
@@ -55,6 +60,8 @@ def _load_splits(args: TrainingArguments) -> DatasetDict:
         return datasets.load_dataset("parquet", data_files=str(path))
     if (path / "dataset_dict.json").is_file():
         return datasets.load_from_disk(str(path))
+    if (path / "state.json").is_file():
+        return DatasetDict({"train": datasets.load_from_disk(str(path))})
     return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
 
 

@@ -169,7 +169,9 @@ class TrainingRun:
         if self._ema is not None:
             self._ema.step(self._model.parameters())
         self._progress_bar.update()
-        if self.global_step % args.logging_steps == 0 or self.global_step == self.max_train_steps:
+        checkpoint_due = self.global_step % args.checkpointing_steps == 0
+        # A checkpoint is logged too: it is only written of a run that has not diverged.
+        if checkpoint_due or self.global_step % args.logging_steps == 0 or self.global_step == self.max_train_steps:
             means = self.accelerator.reduce(
                 {name: torch.stack(values).mean() for name, values in self._sums.items()}, reduction="mean"
             )
@@ -179,7 +181,7 @@ class TrainingRun:
                 raise FloatingPointError(f"Training diverged at step {self.global_step}: {metrics}.")
             self._progress_bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
             self.log({**metrics, "learning_rate": learning_rate})
-        if self.global_step % args.checkpointing_steps == 0:
+        if checkpoint_due:
             self._save_checkpoint()
 
     @property

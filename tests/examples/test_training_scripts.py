@@ -1,0 +1,412 @@
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import ViTConfig, ViTModel
+
+from hf_ifsq import AutoencoderIFSQ, IFSQARPipeline, IFSQDiTPipeline
+from hf_ifsq.training.arguments import parse_args
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = ["train_tokenizer", "train_repa_ar", "train_repa_dit"]
+NAMES = ["ant", "bee", "cat"]
+
+# All that carries state is on: accumulation, average, warmup, random crops and flips; dropouts by default.
+COMMON = (
+    "--resolution 16 --train_batch_size 3 --gradient_accumulation_steps 2 --max_train_steps 12 --learning_rate 1e-3 "
+    "--lr_scheduler cosine --lr_warmup_steps 4 --use_ema --ema_decay 0.9 --random_flip --min_crop_scale 0.7 "
+    "--adam_weight_decay 0.1 --logging_steps 1 --validation_steps 4 --checkpointing_steps 5"
+)
+REPA = "--num_attention_heads 2 --repa_depth 1 --projector_dim 16 --num_images_per_label 1 --class_dropout_prob 0.3"
+OPTIONS = {
+    "train_tokenizer": "--block_out_channels 32 32 32 --layers_per_block 1 --levels 5 3 --num_validation_images 2",
+    "train_repa_ar": f"{REPA} --vocab_sizes 3 5 --hidden_size 16 --num_hidden_layers 2 --num_factor_layers 1 "
+    "--dropout 0.2",
+    "train_repa_dit": f"{REPA} --attention_head_dim 8 --num_layers 2 --num_inference_steps 2",
+}
+
+# First on the module path of every script: any attempt to reach the network ends it.
+NO_NETWORK = """
+import os, socket, sys
+def refuse(event, arguments):
+    if event == "socket.getaddrinfo" or event == "socket.connect" and arguments[0].family != socket.AF_UNIX:
+        sys.stderr.write(f"NETWORK {event} {arguments}\\n")
+        sys.stderr.flush()
+        os._exit(97)
+sys.addaudithook(refuse)
+"""
+
+# Runs a script and kills it right after a step.
+KILLED = """
+import os, runpy, signal, sys
+from hf_ifsq.training.run import TrainingRun
+end_step = TrainingRun.end_step
+def end_step_and_die(self, *args, **kwargs):
+    end_step(self, *args, **kwargs)
+    if self.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+TrainingRun.end_step = end_step_and_die
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def make_images(count, seed, height=20, width=24):
+    """Each class has its own color; noise on top."""
+    generator = np.random.default_rng(seed)
+    labels = [index % 3 for index in range(count)]
+    colors = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])[labels][:, None, None]
+    arrays = (colors + generator.integers(-40, 55, (count, height, width, 3))).astype(np.uint8)
+    return [Image.fromarray(array) for array in arrays], labels
+
+
+def write_parquet(path, count, seed, labels=None, label_feature=None):
+    images, own_labels = make_images(count, seed)
+    features = Features({"image": datasets.Image(), "label": label_feature or ClassLabel(names=NAMES)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict({"image": images, "label": labels or own_labels}, features=features).to_parquet(path)
+
+
+class Workspace:
+    """A folder with data, a teacher and what the scripts make of them; each run is done once a session."""
+
+    def __init__(self, root):
+        self.root = root
+        self.failed = set()
+        self.data = root / "data"
+        write_parquet(self.data / "train.parquet", 40, seed=0)
+        write_parquet(self.data / "test.parquet", 5, seed=1)
+        self.teacher = root / "teacher"
+        sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+        torch.manual_seed(0)
+        ViTModel(ViTConfig(image_size=28, patch_size=7, **sizes)).save_pretrained(self.teacher)
+        self.guard = root / "guard"
+        self.guard.mkdir()
+        (self.guard / "sitecustomize.py").write_text(NO_NETWORK)
+
+    def arguments(self, script, output, *extra):
+        arguments = [*COMMON.split(), *OPTIONS[script].split()]
+        arguments += ["--dataset_name", str(self.data), "--output_dir", str(output)]
+        if script != "train_tokenizer":
+            arguments += ["--tokenizer", str(self.trained("train_tokenizer")), "--teacher", str(self.teacher)]
+        return [*arguments, *extra]
+
+    def run(self, script, output, *extra, launcher=(), guarded=True, returncode=0):
+        """Run a script in a process of its own."""
+        environment = {**os.environ, "HF_HOME": str(self.root / "hf"), "OMP_NUM_THREADS": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        if guarded:
+            environment["PYTHONPATH"] = str(self.guard)
+        command = [sys.executable, *launcher, str(EXAMPLES / f"{script}.py"), *self.arguments(script, output, *extra)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.root, timeout=300)
+        assert result.returncode == returncode, result.stderr[-4000:]
+
+    def once(self, name, make):
+        """Output folder of that name, filled by `make` on first use; if that failed, it is not tried again."""
+        output = self.root / name
+        if name not in self.failed and not output.exists():
+            self.failed.add(name)
+            make(output)
+            self.failed.remove(name)
+        assert name not in self.failed, f"the run of {name} failed in an earlier test"
+        return output
+
+    def trained(self, script):
+        """Output folder of an uninterrupted run."""
+        return self.once(script, lambda output: self.run(script, output))
+
+    def interrupted(self, script):
+        """Output folder of a run that was killed after step 8, and then resumed."""
+
+        def make(output):
+            self.run(script, output, launcher=("-c", KILLED), returncode=-signal.SIGKILL)
+            assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-5"]
+            assert read_log(output)[-1]["step"] == 8
+            self.run(script, output, "--resume_from_checkpoint", "latest")
+
+        return self.once(f"{script}_interrupted", make)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    return Workspace(tmp_path_factory.mktemp("training"))
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def validation_batch(workspace):
+    """The validation images, 20 x 24 pixels, as their square middles of 16 x 16, and their labels."""
+    dataset = Dataset.from_parquet(str(workspace.data / "test.parquet"), cache_dir=str(workspace.root / "cache"))
+    return to_pixel_values(dataset["image"]), torch.tensor(dataset["label"])
+
+
+def to_pixel_values(images):
+    squares = [image.resize((16, 16), Image.Resampling.BICUBIC, box=(2, 0, 22, 20)) for image in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(square, dtype=np.float32) for square in squares]))
+    return pixels.permute(0, 3, 1, 2) / 127.5 - 1
+
+
+# --- a whole run ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_log(workspace, script):
+    folder = workspace.trained(script)
+    log = read_log(folder)
+    entries = [entry for entry in log if "loss" in entry]
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert [entry["step"] for entry in log if any("validation" in name for name in entry)] == [4, 8, 12]
+    losses = [entry["loss"] for entry in entries]
+    assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
+    # Warmup over four steps, then half a cosine over the other eight; the rate is that of the next step.
+    expected = [1e-3 * (step / 4 if step < 4 else (1 + np.cos(np.pi * (step - 4) / 8)) / 2) for step in range(1, 13)]
+    assert [entry["learning_rate"] for entry in entries] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_model_card(workspace, script):
+    folder = workspace.trained(script)
+    card = (folder / "README.md").read_text()
+    metric = {
+        "train_tokenizer": "validation_psnr_db",
+        "train_repa_ar": "validation_cross_entropy",
+        "train_repa_dit": "validation_loss",
+    }[script]
+    (value,) = [entry[metric] for entry in read_log(folder) if entry["step"] == 12 and metric in entry]
+    for row in (
+        f"| data | `{workspace.data}`, 16 x 16 pixels |",
+        "| steps | 12 |",
+        "| images a step | 6 |",
+        "| averaging | EMA of 0.9 |",
+        f"| {metric} | {value:.4f} |",
+    ):
+        assert row in card
+    command = card.split("```bash\n")[1].split("\n```")[0]
+    assert command.startswith("accelerate launch ") and f"{script}.py" in command and "--max_train_steps 12" in command
+    assert "library_name: diffusers" in card.split("---")[1]
+    assert "{" not in card.replace("{args", "{")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_files_of_the_result(workspace, script):
+    folder = workspace.trained(script)
+    pictures = sorted(path.name for path in (folder / "validation").iterdir())
+    name = "reconstructions" if script == "train_tokenizer" else "samples"
+    assert pictures == [f"{name}-{step:07d}.png" for step in (4, 8, 12)]
+    width, height = Image.open(folder / "validation" / pictures[-1]).size
+    assert (width, height) == ((32, 32) if script == "train_tokenizer" else (16, 48))
+    assert not list(folder.glob("partial-*"))
+    results = [path for path in folder.rglob("*.safetensors") if "checkpoint-" not in str(path)]
+    assert len(results) == (1 if script == "train_tokenizer" else 2)
+    for path in results:
+        names = " ".join(load_file(path))
+        assert "project" not in names and "teacher" not in names and "patch_embeddings" not in names
+
+
+def test_tokenizer_loads_and_its_numbers_are_true(workspace):
+    folder = workspace.trained("train_tokenizer")
+    tokenizer = AutoencoderIFSQ.from_pretrained(folder).eval()
+    assert tokenizer.codebook_size == 15 and tokenizer.grid_size == (4, 4)
+    pixel_values, _ = validation_batch(workspace)
+    with torch.no_grad():
+        squared_error = (tokenizer(pixel_values).sample.clamp(-1, 1) - pixel_values).square().mean(dim=(1, 2, 3))
+    psnr = (20 * np.log10(2) - 10 * squared_error.log10()).mean().item()
+    assert read_log(folder)[-1]["validation_psnr_db"] == pytest.approx(psnr, abs=1e-3)
+
+
+def test_scaling_factor_makes_the_codes_of_the_training_images_unit_normal(workspace):
+    tokenizer = AutoencoderIFSQ.from_pretrained(workspace.trained("train_tokenizer")).eval()
+    pixel_values = to_pixel_values(make_images(40, seed=0)[0])
+    with torch.no_grad():
+        latents = tokenizer.encode(pixel_values).codes * tokenizer.config.scaling_factor
+    assert latents.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("script, pipeline_class", [(SCRIPTS[1], IFSQARPipeline), (SCRIPTS[2], IFSQDiTPipeline)])
+def test_generators_load_as_pipelines(workspace, script, pipeline_class):
+    pipeline = pipeline_class.from_pretrained(workspace.trained(script))
+    assert pipeline.labels == {"ant": 0, "bee": 1, "cat": 2}
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(["bee", "ant"], guidance_scale=2.0, output_type="np").images
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+    tokenizer = load_file(workspace.trained("train_tokenizer") / "diffusion_pytorch_model.safetensors")
+    copy = load_file(workspace.trained(script) / "tokenizer" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(copy[name], weight) for name, weight in tokenizer.items())
+
+
+def test_validation_cross_entropy_is_true(workspace):
+    folder = workspace.trained("train_repa_ar")
+    pipeline = IFSQARPipeline.from_pretrained(folder)
+    pixel_values, labels = validation_batch(workspace)
+    with torch.no_grad():
+        indices = pipeline.tokenizer.encode(pixel_values).indices.flatten(1)
+        low, high = pipeline.transformer(labels, indices).logits
+    loss = 0
+    for logits, digits in ((low, indices % 3), (high, indices // 3)):
+        loss = loss - logits.double().log_softmax(-1).gather(-1, digits[..., None]).mean()
+    assert read_log(folder)[-1]["validation_cross_entropy"] == pytest.approx(loss.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_alignment_with_a_teacher(workspace, script):
+    entries = [entry for entry in read_log(workspace.trained(script)) if "loss" in entry]
+    alignment = [entry["alignment_loss"] for entry in entries]
+    assert all(-1 <= loss <= 1 for loss in alignment) and np.mean(alignment[-3:]) < np.mean(alignment[:3])
+    for entry in entries:
+        if script == "train_repa_ar":
+            total = entry["cross_entropy"] + 2.0 * entry["alignment_loss"]
+        else:
+            total = entry["squared_error"] + entry["direction_error"] + 0.5 * entry["alignment_loss"]
+        assert entry["loss"] == pytest.approx(total, abs=1e-4)
+
+
+# --- resuming and several processes ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed_equals_uninterrupted(workspace, script):
+    straight, resumed = workspace.trained(script), workspace.interrupted(script)
+    assert (resumed / "training_log.jsonl").read_text() == (straight / "training_log.jsonl").read_text()
+    files = [path.relative_to(straight) for path in straight.rglob("*.safetensors") if "checkpoint-5" not in str(path)]
+    assert len(files) >= 4  # the result, and the model, average and averaged model of checkpoint 10
+    for file in files:
+        expected, weights = load_file(straight / file), load_file(resumed / file)
+        assert expected.keys() == weights.keys()
+        assert all(torch.equal(expected[name], weights[name]) for name in expected), file
+    raw, averaged = (load_file(straight / "checkpoint-10" / name) for name in ("model.safetensors", "ema.safetensors"))
+    assert not all(torch.equal(*pair) for pair in zip(raw.values(), averaged.values()))
+
+
+def test_two_processes_equal_one(workspace):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    same = ["--dropout", "0", "--class_dropout_prob", "0", "--max_train_steps", "5", "--checkpointing_steps", "3"]
+    one, two = workspace.root / "one_process", workspace.root / "two_processes"
+    workspace.run("train_repa_ar", one, *same, "--train_batch_size", "6")
+    workspace.run("train_repa_ar", two, *same, "--train_batch_size", "3", launcher=launcher, guarded=False)
+    logs = [read_log(folder) for folder in (one, two)]
+    assert len(logs[0]) == len(logs[1]) == 7  # five steps, two validations
+    for expected, entry in zip(*logs):
+        assert entry == pytest.approx(expected, abs=1e-4)
+    expected, weights = (load_file(folder / "transformer" / "model.safetensors") for folder in (one, two))
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-4)
+
+
+# --- in this process: the tracker, and bad input ---
+
+
+@pytest.fixture
+def run_here(workspace, tmp_path, monkeypatch):
+    """Runs a script in this process; returns its output folder."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(script, *extra):
+        spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, script, module)
+        spec.loader.exec_module(module)
+        arguments_class = next(
+            value for name, value in vars(module).items() if name.endswith("TrainingArguments") and len(name) > 17
+        )
+        module.main(parse_args(arguments_class, workspace.arguments(script, tmp_path / "out", *extra)))
+        return tmp_path / "out"
+
+    yield run
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def fails(run_here, tmp_path):
+    """Checks that a script ends with a `ValueError` before it trains or writes a model."""
+
+    def check(script, match, *extra):
+        with pytest.raises(ValueError, match=match):
+            run_here(script, *extra)
+        assert not (tmp_path / "out" / "training_log.jsonl").exists()
+        assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+    return check
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_tensorboard(run_here, script):
+    folder = run_here(script, "--report_to", "tensorboard", "--max_train_steps", "3")
+    files = [path for path in (folder / "logs").rglob("events.out.tfevents.*") if path.stat().st_size > 1000]
+    (events,) = {path.parent for path in files}
+    tracked = EventAccumulator(str(events)).Reload()
+    losses = [(entry["step"], entry["loss"]) for entry in read_log(folder) if "loss" in entry]
+    assert [(event.step, event.value) for event in tracked.Scalars("loss")] == [
+        (step, pytest.approx(loss, rel=1e-5)) for step, loss in losses
+    ]
+    (name,) = tracked.Tags()["images"]
+    (picture,) = tracked.Images(name)
+    saved = Image.open(next((folder / "validation").iterdir()))
+    assert (picture.width, picture.height, picture.step) == (*saved.size, 3)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resolution_that_does_not_divide(fails, script):
+    fails(script, "`sample_size` must be a multiple of the downsampling factor 4.*got 18", "--resolution", "18")
+
+
+def test_factors_of_another_codebook(fails):
+    fails("train_repa_ar", r"25.*\[5, 5\].*15", "--vocab_sizes", "5", "5")
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_broken_tokenizer(fails, workspace, tmp_path, script):
+    tokenizer = AutoencoderIFSQ.from_pretrained(workspace.trained("train_tokenizer"))
+    tokenizer.save_pretrained(tmp_path / "broken")
+    (file,) = (tmp_path / "broken").glob("*.safetensors")
+    weights = load_file(file)
+    weights["encoder.conv_in.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    match = "`tokenizer` has 1 weights with NaN.*encoder.conv_in.weight"
+    fails(script, match, "--tokenizer", str(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("wrong, feature", [(-1, None), (3, Value("int64"))])
+def test_label_out_of_range(fails, tmp_path, script, split, wrong, feature):
+    if split == "train" and feature is not None:
+        pytest.skip("without names, the training labels define the classes")
+    for name, count in (("train", 9), ("test", 3)):
+        labels = [0, 1, 2] * (count // 3)
+        if name == split:
+            labels[-1] = wrong
+        write_parquet(tmp_path / "data" / f"{name}.parquet", count, 0, labels=labels, label_feature=feature)
+    fails(script, f"label.*{wrong}", "--dataset_name", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_depth_of_the_alignment(fails, script, depth):
+    fails(script, rf"`repa_depth` must be in \[1, 2\], got {depth}", "--repa_depth", str(depth))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_stay_short(script):
+    assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 300

@@ -1,0 +1,324 @@
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from hf_ifsq.training.arguments import TrainingArguments
+from hf_ifsq.training.data import ImageDataset, ResumableSampler, load_image_dataset, read_class_names
+
+
+NAMES = ["cat", "dog", "eel"]
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def pictures(count=6, height=8, width=8, channels=3, seed=0):
+    generator = np.random.default_rng(seed)
+    shape = (count, height, width) + ((3,) if channels == 3 else ())
+    return [Image.fromarray(array) for array in generator.integers(0, 256, shape, dtype=np.uint8)]
+
+
+def make_dataset(images, labels=None):
+    labels = [index % len(NAMES) for index in range(len(images))] if labels is None else labels
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=NAMES)})
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def make_args(**overrides):
+    return TrainingArguments(**{"dataset_name": "images", "resolution": 8, **overrides})
+
+
+def to_pixels(array):
+    """Pixels in [0, 255], channels last or missing, as `pixel_values`."""
+    array = np.asarray(array, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
+
+
+# --- the order ---
+
+
+@pytest.mark.parametrize("num_samples, seed", [(7, 0), (1, 3), (40, 12)])
+def test_each_pass_is_another_permutation(num_samples, seed):
+    pairs = list(ResumableSampler(num_samples, seed, 0, 5 * num_samples))
+    assert [position for _, position in pairs] == list(range(5 * num_samples))
+    passes = np.array([index for index, _ in pairs]).reshape(5, num_samples)
+    assert (np.sort(passes) == np.arange(num_samples)).all()
+    if num_samples > 5:
+        assert len({tuple(order) for order in passes}) == 5
+        other = [index for index, _ in ResumableSampler(num_samples, seed + 1, 0, num_samples)]
+        assert other != passes[0].tolist() != list(range(num_samples))
+
+
+def test_a_stream_cut_anywhere_goes_on_equally():
+    whole = list(ResumableSampler(7, 5, 0, 24))
+    for cut in range(25):
+        head, tail = ResumableSampler(7, 5, 0, cut), ResumableSampler(7, 5, cut, 24)
+        assert [*head, *tail] == whole and len(head) == cut and len(tail) == 24 - cut
+    assert list(ResumableSampler(7, 5, 24, 20)) == [] and len(ResumableSampler(7, 5, 24, 20)) == 0
+
+
+# --- the images ---
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("stored", [1, 3])
+def test_plain_images(channels, stored):
+    images = pictures(channels=stored)
+    images[0].putpixel((0, 0), 0 if stored == 1 else (0, 0, 0))
+    images[0].putpixel((1, 0), 255 if stored == 1 else (255, 255, 255))
+    data = ImageDataset(make_dataset(images), make_args(), channels)
+    assert len(data) == 6
+    for index, image in enumerate(images):
+        item = data[index]
+        assert item["pixel_values"].dtype == torch.float32 and item["pixel_values"].is_contiguous()
+        expected = to_pixels(image.convert("L" if channels == 1 else "RGB"))
+        torch.testing.assert_close(item["pixel_values"], expected, rtol=0, atol=1e-6)
+        assert item["class_labels"].dtype == torch.int64 and item["class_labels"] == index % 3
+    first = data[0]["pixel_values"]
+    assert first[:, 0, 0].tolist() == [-1] * channels and first[:, 0, 1].tolist() == [1] * channels
+
+
+def test_images_without_labels():
+    data = ImageDataset(make_dataset(pictures()).remove_columns("label"), make_args(), 3)
+    assert data[0].keys() == {"pixel_values"}
+
+
+@pytest.mark.parametrize("height, width", [(8, 14), (14, 8), (8, 8), (8, 11)])
+def test_center_crop(height, width):
+    (image,) = pictures(1, height, width)
+    array = np.asarray(image)
+    top, left = (height - 8) / 2, (width - 8) / 2
+    allowed = [
+        to_pixels(array[y : y + 8, x : x + 8])
+        for y in {int(np.floor(top)), int(np.ceil(top))}
+        for x in {int(np.floor(left)), int(np.ceil(left))}
+    ]
+    plain = ImageDataset(make_dataset([image]), make_args(), 3)
+    center = ImageDataset(make_dataset([image]), make_args(center_crop=True), 3)
+    for item in (plain[0], center[0, 0], center[0, 17]):
+        assert any(torch.allclose(item["pixel_values"], crop, atol=1e-6) for crop in allowed)
+
+
+@pytest.mark.parametrize("side, resolution", [(24, 8), (8, 24), (12, 8)])
+def test_resized_to_the_resolution(side, resolution):
+    (image,) = pictures(1, side, 2 * side)
+    data = ImageDataset(make_dataset([image]), make_args(resolution=resolution), 3)
+    # The middle of the whole image, resized.
+    whole = np.asarray(image.resize((2 * resolution, resolution), Image.Resampling.BICUBIC))
+    expected = to_pixels(whole[:, resolution // 2 : resolution // 2 + resolution])
+    torch.testing.assert_close(data[0]["pixel_values"], expected, rtol=0, atol=1.01 / 127.5)
+
+
+def find_crop(crop, array):
+    """Every (top, left) at which a crop of unchanged size lies in an image, and of its mirror image."""
+    side = crop.shape[1]
+    places = [(y, x) for y in range(array.shape[0] - side + 1) for x in range(array.shape[1] - side + 1)]
+    return [
+        (y, x, flipped)
+        for y, x in places
+        for flipped in (False, True)
+        if torch.allclose(crop.flip(2) if flipped else crop, to_pixels(array[y : y + side, x : x + side]), atol=1e-6)
+    ]
+
+
+@pytest.mark.parametrize("height, width", [(8, 13), (13, 8)])
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_random_crops_lie_in_the_image_and_cover_it(height, width, random_flip):
+    (image,) = pictures(1, height, width)
+    data = ImageDataset(make_dataset([image]), make_args(random_flip=random_flip), 3)
+    found = [find_crop(data[0, position]["pixel_values"], np.asarray(image)) for position in range(200)]
+    assert all(len(places) == 1 for places in found)
+    places = [place for (place,) in found]
+    assert {(y, x) for y, x, _ in places} == {(y, x) for y in range(height - 7) for x in range(width - 7)}
+    flips = sum(flipped for *_, flipped in places)
+    assert 70 < flips < 130 if random_flip else flips == 0
+
+
+def test_crop_scale():
+    # A ramp: the difference of a crop's first and last pixel is its side less one pixel, in the image's pixels.
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1)))
+    data = ImageDataset(make_dataset([ramp]), make_args(resolution=32, min_crop_scale=0.5), 1)
+    pixels = torch.stack([data[0, position]["pixel_values"][0] for position in range(200)])
+    step = (pixels[:, 16, 24] - pixels[:, 16, 8]) / 16  # a share of the scale: 2 at 1.0
+    scale = step / (4 / 127.5) / 2
+    assert scale.min() > 0.48 and scale.max() < 1.02 and scale.min() < 0.55 and scale.max() > 0.95
+    assert pixels.min() >= -1 and (pixels[:, 16, -1] <= ramp.getpixel((63, 0)) / 127.5 - 1 + 0.03).all()
+
+
+def test_augmentations_depend_on_seed_and_position_alone():
+    images = pictures(3, 8, 20)
+    args = {"random_flip": True, "min_crop_scale": 0.5}
+    data = ImageDataset(make_dataset(images), make_args(seed=1, **args), 3)
+    first = [data[0, position]["pixel_values"] for position in range(20)]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again = ImageDataset(make_dataset(images[:1]), make_args(seed=1, **args), 3)
+    for position in reversed(range(20)):
+        assert torch.equal(again[0, position]["pixel_values"], first[position])
+    other = ImageDataset(make_dataset(images), make_args(seed=2, **args), 3)
+    assert sum(torch.equal(other[0, position]["pixel_values"], first[position]) for position in range(20)) < 5
+    assert len({tuple(pixels.flatten().tolist()) for pixels in first}) > 15
+
+
+def test_workers_give_the_same_as_none():
+    data = ImageDataset(make_dataset(pictures(10, 8, 20)), make_args(random_flip=True), 3)
+    batches = [
+        list(DataLoader(data, batch_size=4, sampler=ResumableSampler(10, 0, 3, 27), num_workers=workers))
+        for workers in (0, 2)
+    ]
+    assert len(batches[0]) == len(batches[1]) == 6
+    for one, other in zip(*batches):
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+        assert torch.equal(one["class_labels"], other["class_labels"])
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4])
+def test_bad_channels(channels):
+    with pytest.raises(ValueError, match=f"`channels` must be 1.*3.*got {channels}"):
+        ImageDataset(make_dataset(pictures()), make_args(), channels)
+
+
+# --- where they come from ---
+
+
+def first_pixels(dataset):
+    return [image.convert("RGB").getpixel((0, 0)) for image in dataset["image"]]
+
+
+@pytest.fixture
+def source(request, tmp_path):
+    """Arguments that name nine training and three validation images, in one of the layouts."""
+    train, test = make_dataset(pictures(9)), make_dataset(pictures(3, seed=1))
+    if request.param == "imagefolder":
+        for split, rows in (("train", train), ("test", test)):
+            for number, row in enumerate(rows):
+                folder = tmp_path / "data" / split / NAMES[row["label"]]
+                folder.mkdir(parents=True, exist_ok=True)
+                row["image"].save(folder / f"{number}.png")
+        return {"dataset_name": None, "train_data_dir": str(tmp_path / "data")}, train, test
+    if request.param == "save_to_disk":
+        DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "data")
+        return {"dataset_name": str(tmp_path / "data")}, train, test
+    (tmp_path / "data").mkdir()
+    train.to_parquet(tmp_path / "data" / "train.parquet")
+    if request.param == "file":
+        return {"dataset_name": str(tmp_path / "data" / "train.parquet")}, train, None
+    test.to_parquet(tmp_path / "data" / "test.parquet")
+    return {"dataset_name": str(tmp_path / "data")}, train, test
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "file", "folder", "save_to_disk"], indirect=True)
+def test_load_image_dataset(source):
+    arguments, train, test = source
+    loaded_train, loaded_test = load_image_dataset(make_args(**arguments))
+    assert (loaded_test is None) == (test is None)
+    for loaded, expected in ((loaded_train, train), (loaded_test, test)):
+        if expected is not None:
+            pairs = zip(first_pixels(expected), expected["label"])
+            assert sorted(zip(first_pixels(loaded), loaded["label"])) == sorted(pairs)
+    assert read_class_names(loaded_train, "label") == dict(enumerate(NAMES))
+
+
+def test_a_single_saved_dataset(tmp_path):
+    train = make_dataset(pictures(9))
+    train.save_to_disk(tmp_path / "data")
+    loaded, validation = load_image_dataset(make_args(dataset_name=str(tmp_path / "data")))
+    assert validation is None and first_pixels(loaded) == first_pixels(train)
+    assert read_class_names(loaded, "label") == dict(enumerate(NAMES))
+
+
+@pytest.fixture
+def three_splits(tmp_path):
+    splits = {"train": pictures(9), "validation": pictures(4, seed=1), "test": pictures(5, seed=2)}
+    DatasetDict({name: make_dataset(images) for name, images in splits.items()}).save_to_disk(tmp_path / "data")
+    return str(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "overrides, train_size, validation_size",
+    [
+        ({}, 9, 4),
+        ({"train_split": "test", "validation_split": "train"}, 5, 9),
+        ({"validation_split": "test"}, 9, 5),
+        ({"max_validation_samples": 2}, 9, 2),
+        ({"max_train_samples": 3}, 3, 4),
+        ({"max_train_samples": 100}, 9, 4),
+    ],
+)
+def test_choice_of_splits_and_samples(three_splits, overrides, train_size, validation_size):
+    train, validation = load_image_dataset(make_args(dataset_name=three_splits, **overrides))
+    assert (len(train), len(validation)) == (train_size, validation_size)
+
+
+def test_max_train_samples_are_drawn_by_the_seed(three_splits):
+    def draw(seed):
+        train, _ = load_image_dataset(make_args(dataset_name=three_splits, max_train_samples=5, seed=seed))
+        return first_pixels(train)
+
+    whole, _ = load_image_dataset(make_args(dataset_name=three_splits))
+    assert draw(0) == draw(0) and set(draw(0)) < set(first_pixels(whole))
+    assert len({tuple(draw(seed)) for seed in range(5)}) > 1
+
+
+def test_the_only_split_is_trained_on(tmp_path):
+    DatasetDict({"photos": make_dataset(pictures(4))}).save_to_disk(tmp_path / "data")
+    train, validation = load_image_dataset(make_args(dataset_name=str(tmp_path / "data")))
+    assert len(train) == 4 and validation is None
+
+
+@pytest.mark.parametrize(
+    "overrides, match",
+    [
+        ({"train_split": "trian"}, r"`train_split`.*\['train', 'validation', 'test'\].*'trian'"),
+        ({"validation_split": "valid"}, r"`validation_split`.*\['train', 'validation', 'test'\].*'valid'"),
+        ({"image_column": "img"}, r"`image_column` 'img'.*\['image', 'label'\]"),
+        ({"image_column": "label"}, "`image_column` 'label'.*images"),
+    ],
+)
+def test_missing_splits_and_columns(three_splits, overrides, match):
+    with pytest.raises(ValueError, match=match):
+        load_image_dataset(make_args(dataset_name=three_splits, **overrides))
+
+
+def test_several_splits_without_train(tmp_path):
+    splits = {"a": make_dataset(pictures(2)), "b": make_dataset(pictures(2))}
+    DatasetDict(splits).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"`train_split`.*\['a', 'b'\].*None"):
+        load_image_dataset(make_args(dataset_name=str(tmp_path / "data")))
+
+
+# --- class names ---
+
+
+def labelled(labels, feature=None):
+    return Dataset.from_dict({"label": labels}, features=Features({"label": feature or Value("int64")}))
+
+
+def test_class_names():
+    assert read_class_names(labelled([2, 0, 2], ClassLabel(names=NAMES)), "label") == dict(enumerate(NAMES))
+    assert read_class_names(labelled([0, 3, 1]), "label") == {0: "0", 1: "1", 2: "2", 3: "3"}
+
+
+@pytest.mark.parametrize(
+    "dataset, column, got",
+    [
+        (labelled([0]), "kind", "['label']"),
+        (labelled([0, -2]), "label", "[-2, 0]"),
+        (labelled([0, -1, 2], ClassLabel(names=NAMES)), "label", "[-1, 2]"),
+        (labelled([0.5], Value("float64")), "label", "['0.5']"),
+        (labelled(["cat"], Value("string")), "label", "['cat']"),
+        (labelled([True], Value("bool")), "label", "['True']"),
+        (labelled([0, None]), "label", "None"),
+    ],
+)
+def test_bad_labels(dataset, column, got):
+    with pytest.raises(ValueError, match=f"`label_column` '{column}'.*{re.escape(got)}"):
+        read_class_names(dataset, column)

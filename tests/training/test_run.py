@@ -1,0 +1,342 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+
+from hf_ifsq.training.arguments import TrainingArguments
+from hf_ifsq.training.model_card import make_model_card
+from hf_ifsq.training.run import TrainingRun
+
+
+class Linear(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, size: int = 3):
+        super().__init__()
+        self.layer = nn.Linear(size, 1, bias=False)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, values):
+        return self.layer(self.dropout(values))
+
+
+class Numbers(Dataset):
+    """Item (index, position) is a function of both."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, key):
+        return torch.tensor([*key, 1.0]) / 11
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture
+def start(tmp_path):
+    def make(**overrides):
+        arguments = {
+            "dataset_name": "images",
+            "output_dir": str(tmp_path / "out"),
+            "train_batch_size": 2,
+            "max_train_steps": 12,
+            "learning_rate": 0.05,
+            "logging_steps": 1,
+            "checkpointing_steps": 100,
+            "mixed_precision": "no",
+        }
+        return TrainingRun(TrainingArguments(**{**arguments, **overrides}))
+
+    return make
+
+
+def train(run, until=None, poison_step=None):
+    """Train a linear model; returns it, and a copy of its weights after each step."""
+    torch.manual_seed(3)
+    model = Linear()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.args.learning_rate)
+    loader = run.dataloader(Numbers())
+    model, optimizer, loader = run.prepare(model, optimizer, loader)
+    model.train()
+    weights = [model.layer.weight.detach().clone()]
+    for batch in loader:
+        with run.accelerator.accumulate(model):
+            loss = (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+            if poison_step == run.global_step:
+                loss = loss * torch.nan
+            run.accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        run.record(loss=loss)
+        if run.accelerator.sync_gradients:
+            run.end_step(learning_rate=0.5)
+            weights.append(model.layer.weight.detach().clone())
+            if run.global_step == until:
+                break
+    return model, weights
+
+
+def begin(run):
+    """What a script does before its loop, for tests that count steps without training."""
+    run.dataloader(Numbers())
+    model = Linear()
+    run.prepare(model, torch.optim.SGD(model.parameters()))
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run.output_dir / "training_log.jsonl").read_text().splitlines()]
+
+
+def folders(run):
+    return sorted(path.name for path in run.output_dir.iterdir() if path.is_dir())
+
+
+# --- steps and batches ---
+
+
+@pytest.mark.parametrize(
+    "overrides, steps",
+    [
+        ({"max_train_steps": 4, "num_train_epochs": 50}, 4),
+        ({"max_train_steps": None, "num_train_epochs": 2}, 11),
+        ({"max_train_steps": None, "num_train_epochs": 1}, 6),
+        ({"max_train_steps": None, "num_train_epochs": 0.5}, 3),
+        ({"max_train_steps": None, "num_train_epochs": 2, "gradient_accumulation_steps": 3}, 4),
+    ],
+)
+def test_number_of_steps(start, overrides, steps):
+    run = start(**overrides)
+    train(run)
+    assert run.global_step == run.max_train_steps == steps == read_log(run)[-1]["step"]
+    assert run.global_batch_size == 2 * overrides.get("gradient_accumulation_steps", 1)
+    assert run.samples_seen == steps * run.global_batch_size
+
+
+def test_metrics_are_means_over_the_steps_and_passes_between_two_entries(start):
+    run = start(logging_steps=2, gradient_accumulation_steps=2, max_train_steps=3)
+    begin(run)
+    for value in (1.0, 2.0, 3.0, 6.0, 10.0, 20.0):
+        run.record(loss=torch.tensor(value), half=torch.tensor(value / 2, dtype=torch.bfloat16))
+        if value in (2.0, 6.0, 20.0):
+            run.end_step(learning_rate=0.25)
+    assert read_log(run) == [
+        {"step": 2, "loss": 3.0, "half": 1.5, "learning_rate": 0.25},
+        {"step": 3, "loss": 15.0, "half": 7.5, "learning_rate": 0.25},
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_diverging_loss_is_an_error(start, value):
+    run = start(logging_steps=1)
+    begin(run)
+    run.record(loss=torch.tensor(1.0))
+    run.end_step(learning_rate=0.1)
+    run.record(loss=torch.tensor(value))
+    with pytest.raises(FloatingPointError, match=f"diverged at step 2.*loss.*{value}"):
+        run.end_step(learning_rate=0.1)
+    assert len(read_log(run)) == 1
+
+
+def test_a_diverged_run_leaves_no_checkpoint_of_broken_weights(start):
+    run = start(logging_steps=10, checkpointing_steps=1)
+    with pytest.raises(FloatingPointError):
+        train(run, poison_step=4)
+    for folder in run.output_dir.glob("checkpoint-*"):
+        assert torch.isfinite(Linear.from_pretrained(folder / "model").layer.weight).all(), folder.name
+
+
+def test_validation_is_due_regularly_and_at_the_end(start):
+    run = start(max_train_steps=8, validation_steps=3)
+    begin(run)
+    due = []
+    for _ in range(8):
+        run.end_step(learning_rate=0.1)
+        due.append(run.validation_due)
+    assert [step for step, is_due in enumerate(due, start=1) if is_due] == [3, 6, 8]
+
+
+# --- moving average ---
+
+
+def test_moving_average_by_hand(start):
+    run = start(use_ema=True, ema_decay=0.6)
+    _, weights = train(run)
+    average = weights[0]
+    for step, weight in enumerate(weights[1:], start=1):
+        # The decay that diffusers' EMAModel documents: it warms up with the number of steps.
+        decay = 0.0 if step == 1 else min(0.6, step / (9 + step))
+        average = decay * average + (1 - decay) * weight
+    with run.averaged() as model:
+        torch.testing.assert_close(model.layer.weight.detach(), average)
+        assert not torch.allclose(average, weights[-1])
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+@pytest.mark.parametrize("fail", [True, False])
+def test_averaged_gives_the_trained_weights_back(start, use_ema, fail):
+    run = start(use_ema=use_ema, ema_decay=0.9)
+    model, weights = train(run)
+    try:
+        with run.averaged() as averaged:
+            assert not averaged.training
+            assert torch.equal(averaged.layer.weight, weights[-1]) == (not use_ema)
+            if fail:
+                raise KeyError
+    except KeyError:
+        pass
+    assert model.training and torch.equal(model.layer.weight, weights[-1])
+
+
+# --- checkpoints ---
+
+
+def test_checkpoints_are_written_and_the_newest_kept(start):
+    run = start(checkpointing_steps=1, checkpoints_total_limit=3, max_train_steps=11)
+    train(run)
+    assert folders(run) == ["checkpoint-10", "checkpoint-11", "checkpoint-9"]
+    run = start(checkpointing_steps=4, output_dir=str(run.output_dir / "unlimited"))
+    train(run)
+    assert folders(run) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
+
+
+def test_a_checkpoint_holds_a_usable_model(start):
+    run = start(checkpointing_steps=4, max_train_steps=4, use_ema=True)
+    train(run)
+    with run.averaged() as model:
+        saved = Linear.from_pretrained(run.output_dir / "checkpoint-4" / "model")
+        assert torch.equal(saved.layer.weight, model.layer.weight)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
+@pytest.mark.parametrize("overrides", [{}, {"use_ema": True, "ema_decay": 0.5, "gradient_accumulation_steps": 2}])
+def test_a_resumed_run_equals_an_uninterrupted_one(start, tmp_path, stop, overrides):
+    straight = start(output_dir=str(tmp_path / "straight"), checkpointing_steps=stop, **overrides)
+    _, expected = train(straight)
+    broken = start(checkpointing_steps=stop, **overrides)
+    train(broken, until=stop)
+    resumed = start(checkpointing_steps=100, resume_from_checkpoint="latest", **overrides)
+    assert resumed.global_step == stop
+    torch.rand(7)  # the random state comes from the checkpoint
+    _, weights = train(resumed)
+    assert len(weights) == 13 - stop and all(torch.equal(*pair) for pair in zip(weights[1:], expected[stop + 1 :]))
+    assert read_log(resumed) == read_log(straight)
+    with resumed.averaged() as model, straight.averaged() as other:
+        assert torch.equal(model.layer.weight, other.layer.weight)
+
+
+def copy_checkpoint(source, *names):
+    for name in names:
+        target = source.parent / name
+        target.mkdir()
+        (target / "training_state.json").write_text((source / "training_state.json").read_text())
+
+
+@pytest.mark.parametrize("steps, newest", [((9, 10), 10), ((9, 10, 100), 100), ((2, 1), 2)])
+def test_latest_is_the_highest_number(start, tmp_path, steps, newest):
+    for step in steps:
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "training_state.json").write_text(json.dumps({"global_step": step, "samples_seen": 2 * step}))
+    for name in ("partial-checkpoint-200", "checkpoint-old", "checkpoint-300.tmp"):
+        (tmp_path / "out" / name).mkdir()
+    run = start(resume_from_checkpoint="latest")
+    assert (run.global_step, run.samples_seen) == (newest, 2 * newest)
+
+
+def test_latest_without_checkpoints_starts_anew(start, tmp_path):
+    (tmp_path / "out" / "partial-checkpoint-4").mkdir(parents=True)
+    run = start(resume_from_checkpoint="latest", max_train_steps=2)
+    train(run)
+    assert run.global_step == 2
+
+
+@pytest.mark.parametrize("by", ["name", "path"])
+def test_a_named_checkpoint(start, tmp_path, by):
+    train(start(checkpointing_steps=2, max_train_steps=6))
+    name = "checkpoint-4" if by == "name" else str(tmp_path / "out" / "checkpoint-4")
+    run = start(resume_from_checkpoint=name)
+    assert run.global_step == 4
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5", "elsewhere"])
+def test_missing_checkpoint(start, name):
+    train(start(checkpointing_steps=4, max_train_steps=4))
+    with pytest.raises(ValueError, match=rf"`resume_from_checkpoint`.*'{name}'.*\['checkpoint-4'\]"):
+        start(resume_from_checkpoint=name)
+
+
+def test_moving_average_cannot_start_in_the_middle(start):
+    train(start(checkpointing_steps=4, max_train_steps=4))
+    with pytest.raises(ValueError, match="`use_ema`.*checkpoint-4.*without a moving average"):
+        train(start(resume_from_checkpoint="latest", use_ema=True))
+
+
+def test_position_in_the_data_with_another_batch_size(start):
+    train(start(checkpointing_steps=4, max_train_steps=4))
+    run = start(resume_from_checkpoint="latest", train_batch_size=3)
+    loader = run.dataloader(Numbers())
+    # Eight samples were read in batches of two; the other eight steps read three each.
+    assert [position for _, position in loader.sampler] == list(range(8, 8 + 8 * 3))
+
+
+def test_resuming_a_finished_run_trains_no_further(start):
+    train(start(checkpointing_steps=12))
+    run = start(resume_from_checkpoint="latest")
+    _, weights = train(run)
+    assert run.global_step == 12 and len(weights) == 1
+
+
+# --- log ---
+
+
+def test_the_log_is_cut_on_resuming_and_removed_in_a_new_run(start, tmp_path):
+    run = start(checkpointing_steps=5, max_train_steps=8)
+    train(run)
+    file = tmp_path / "out" / "training_log.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 9, "lo')
+    resumed = start(resume_from_checkpoint="latest", checkpointing_steps=5)
+    assert [entry["step"] for entry in read_log(resumed)] == [1, 2, 3, 4, 5]
+    assert whole.startswith(file.read_text())
+    start()
+    assert not file.exists() or file.read_text() == ""
+
+
+def test_pictures_of_a_validation(start):
+    run = start()
+    run.global_step = 7
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (1, 2, 3), (4, 5, 6)]
+    run.log_images("samples", [Image.new("RGB", (2, 2), color) for color in colors], columns=3)
+    grid = np.asarray(Image.open(run.output_dir / "validation" / "samples-0000007.png"))
+    assert grid.shape == (4, 6, 3) and [tuple(pixel) for pixel in grid[::2, ::2].reshape(6, 3)] == colors
+
+
+def test_missing_tracker_package(start, tmp_path):
+    with pytest.raises(ImportError, match="`report_to` 'wandb'.*pip install wandb"):
+        start(report_to="wandb")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_card(start, monkeypatch):
+    run = start(dataset_name="org/birds", use_ema=True, ema_decay=0.99, seed=3, learning_rate=3e-4)
+    run.global_step = 1234
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset_name", "org/birds", "--teacher", "my models/vit"])
+    card = make_model_card(run, "A title", "A description.", "import this", {"psnr": 1.23456}, 56789, "some-task")
+    for text in ("# A title", "A description.", "```python\nimport this\n```", "`org/birds`, 256 x 256 pixels"):
+        assert text in card
+    for row in ("parameters | 56,789", "steps | 1,234", "images a step | 2", "averaging | EMA of 0.99", "seed | 3"):
+        assert f"| {row} |" in card
+    assert "| psnr | 1.2346 |" in card and "| learning rate | 0.0003, constant |" in card
+    assert "accelerate launch train.py --dataset_name org/birds --teacher 'my models/vit'\n" in card
+    assert card.startswith("---\n") and "pipeline_tag: some-task" in card.split("---")[1]
