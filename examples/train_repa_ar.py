@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from hf_ifsq import AutoencoderIFSQ, IFSQARConfig, IFSQARForImageGeneration, IFSQARPipeline
 from hf_ifsq.training.arguments import TrainingArguments, parse_args
-from hf_ifsq.training.data import ImageDataset, load_image_dataset, read_class_names
+from hf_ifsq.training.data import ImageDataset, check_labels, load_image_dataset, read_class_names
 from hf_ifsq.training.model_card import make_model_card
 from hf_ifsq.training.repa import RepresentationAlignment, Teacher
 from hf_ifsq.training.run import TrainingRun
@@ -60,6 +60,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
     train_loader = run.dataloader(ImageDataset(train_images, args, tokenizer.config.in_channels))
     validation_loader = None
     if validation_images is not None:
+        check_labels(validation_images, args.label_column, len(id2label))
         validation_data = ImageDataset(validation_images, args, tokenizer.config.in_channels)
         validation_loader = accelerator.prepare(DataLoader(validation_data, batch_size=args.train_batch_size))
 
@@ -80,7 +81,8 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
     pipeline = IFSQARPipeline(model, tokenizer)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    teacher, alignments, repa_depth = None, [], args.repa_depth or max(1, round(args.num_hidden_layers / 3))
+    teacher, alignments = None, []
+    repa_depth = max(1, round(args.num_hidden_layers / 3)) if args.repa_depth is None else args.repa_depth
     if args.teacher is not None:
         if not 1 <= repa_depth <= args.num_hidden_layers:
             raise ValueError(f"`repa_depth` must be in [1, {args.num_hidden_layers}], got {repa_depth}.")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from hf_ifsq import AutoencoderIFSQ, IFSQDiTPipeline, IFSQDiTTransformer2DModel
 from hf_ifsq.training.arguments import TrainingArguments, parse_args
-from hf_ifsq.training.data import ImageDataset, load_image_dataset, read_class_names
+from hf_ifsq.training.data import ImageDataset, check_labels, load_image_dataset, read_class_names
 from hf_ifsq.training.losses import velocity_loss
 from hf_ifsq.training.model_card import make_model_card
 from hf_ifsq.training.repa import RepresentationAlignment, Teacher
@@ -59,6 +59,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     train_loader = run.dataloader(ImageDataset(train_images, args, tokenizer.config.in_channels))
     validation_loader = None
     if validation_images is not None:
+        check_labels(validation_images, args.label_column, len(id2label))
         validation_data = ImageDataset(validation_images, args, tokenizer.config.in_channels)
         validation_loader = accelerator.prepare(DataLoader(validation_data, batch_size=args.train_batch_size))
 
@@ -77,7 +78,8 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     pipeline = IFSQDiTPipeline(model, tokenizer, FlowMatchEulerDiscreteScheduler())
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    teacher, alignments, repa_depth = None, [], args.repa_depth or max(1, round(args.num_layers / 3))
+    teacher, alignments = None, []
+    repa_depth = max(1, round(args.num_layers / 3)) if args.repa_depth is None else args.repa_depth
     if args.teacher is not None:
         if not 1 <= repa_depth <= args.num_layers:
             raise ValueError(f"`repa_depth` must be in [1, {args.num_layers}], got {repa_depth}.")

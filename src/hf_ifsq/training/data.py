@@ -80,19 +80,35 @@ def read_class_names(dataset: Dataset, label_column: str) -> dict[int, str]:
     Raises:
         ValueError: if the column is missing, or if a label is no integer or negative or above the names.
     """
+    check_labels(dataset, label_column)
+    names = getattr(dataset.features[label_column], "names", None)
+    return dict(enumerate(names or map(str, range(max(dataset[label_column]) + 1))))
+
+
+def check_labels(dataset: Dataset, label_column: str, num_classes: int | None = None) -> None:
+    """
+    Check that all labels are ids of classes.
+
+    Args:
+        dataset (`datasets.Dataset`): a dataset with integer labels.
+        label_column (`str`): its column of labels.
+        num_classes (`int`, *optional*): number of classes; by default the number of names, if there are names.
+
+    Raises:
+        ValueError: if the column is missing, or if a label is no integer or not in [0, num_classes).
+    """
     if label_column not in dataset.column_names:
         raise ValueError(f"`label_column` {label_column!r} is none of the columns {dataset.column_names}.")
     labels = set(dataset[label_column])
-    names = getattr(dataset.features[label_column], "names", None)
     if any(isinstance(label, bool) or not isinstance(label, int) for label in labels):
         raise ValueError(f"`label_column` {label_column!r} must hold integers, got {sorted(map(str, labels))[:5]}.")
-    num_classes = max(labels) + 1 if names is None else len(names)
+    names = getattr(dataset.features[label_column], "names", None)
+    num_classes = num_classes or (max(labels) + 1 if names is None else len(names))
     if min(labels) < 0 or max(labels) >= num_classes:
         raise ValueError(
             f"`label_column` {label_column!r} must hold labels in [0, {num_classes}), but they span "
             f"[{min(labels)}, {max(labels)}]."
         )
-    return dict(enumerate(names or map(str, range(num_classes))))
 
 
 class ImageDataset(torch.utils.data.Dataset):

@@ -222,7 +222,9 @@ class TrainingRun:
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
-                tracker.log_images({name: pixels.view(1, grid.height, grid.width, 3).numpy()}, step=self.global_step)
+                values = {name: pixels.view(1, grid.height, grid.width, 3).numpy()}
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(values, step=self.global_step, **options)
 
     def finish(self, model_card: str) -> None:
         """
