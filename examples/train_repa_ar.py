@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hf_ifsq import AutoencoderIFSQ, IFSQARConfig, IFSQARForImageGeneration, IFSQARPipeline
@@ -57,12 +58,12 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
     # 2. Data.
     train_images, validation_images = load_image_dataset(args)
     id2label = read_class_names(train_images, args.label_column)
-    train_loader = run.dataloader(ImageDataset(train_images, args, tokenizer.config.in_channels))
+    train_loader = run.dataloader(ImageDataset(train_images, args, tokenizer.config.in_channels, with_labels=True))
     validation_loader = None
     if validation_images is not None:
         check_labels(validation_images, args.label_column, len(id2label))
-        validation_data = ImageDataset(validation_images, args, tokenizer.config.in_channels)
-        validation_loader = accelerator.prepare(DataLoader(validation_data, batch_size=args.train_batch_size))
+        validation_data = ImageDataset(validation_images, args, tokenizer.config.in_channels, with_labels=True)
+        validation_loader = run.evaluation_dataloader(validation_data)
 
     # 3. Model. The pipeline checks that it fits the tokenizer.
     config = IFSQARConfig(
@@ -110,7 +111,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
 
     # 5. Training.
     model.train()
-    metrics = {}
+    metrics = None
     for batch in train_loader:
         indices = tokenize(tokenizer, batch["pixel_values"])
         with accelerator.accumulate(model, *alignments):
@@ -124,16 +125,19 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            learning_rate = lr_scheduler.get_last_lr()[0]
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         run.record(loss=loss)
         if accelerator.sync_gradients:
-            run.end_step(learning_rate=lr_scheduler.get_last_lr()[0])
+            run.end_step(learning_rate)
             if run.validation_due:
                 metrics = validate(run, pipeline, validation_loader)
 
-    # 6. Result.
+    # 6. Result. A finished run that is resumed has not validated.
+    if metrics is None:
+        metrics = validate(run, pipeline, validation_loader)
     with run.averaged():
         if accelerator.is_main_process:
             pipeline.save_pretrained(args.output_dir)
@@ -143,7 +147,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
             title="Autoregressive image generator on iFSQ tokens",
             description=f"Generates images of {len(id2label)} classes, token by token.",
             usage="from hf_ifsq import IFSQARPipeline\n\n"
-            f'pipe = IFSQARPipeline.from_pretrained("{args.output_dir}")\n'
+            f'pipe = IFSQARPipeline.from_pretrained("{run.model_name}")\n'
             f"image = pipe({id2label[0]!r}).images[0]",
             metrics=metrics,
             num_parameters=pipeline.transformer.num_parameters(),
@@ -159,6 +163,16 @@ def tokenize(tokenizer: AutoencoderIFSQ, pixel_values: torch.Tensor) -> torch.Te
     return tokenizer.encode(pixel_values).indices.flatten(1)
 
 
+def cross_entropy_of_images(
+    model: IFSQARForImageGeneration, logits: torch.Tensor | tuple[torch.Tensor, ...], indices: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy in nats a token, summed over the factors, of each image: `(batch,)`."""
+    logits = logits if isinstance(logits, tuple) else (logits,)
+    factors = model.model.split_indices(indices)
+    losses = [F.cross_entropy(scores.mT.float(), factor, reduction="none") for scores, factor in zip(logits, factors)]
+    return sum(losses).mean(dim=1)
+
+
 @torch.no_grad()
 def validate(run: TrainingRun, pipeline: IFSQARPipeline, loader: DataLoader | None) -> dict[str, float]:
     """Mean cross-entropy in nats a token over the validation images, and a picture with one row of samples a class."""
@@ -168,8 +182,9 @@ def validate(run: TrainingRun, pipeline: IFSQARPipeline, loader: DataLoader | No
             losses = []
             for batch in loader:
                 indices = tokenize(pipeline.tokenizer, batch["pixel_values"])
-                loss = model(batch["class_labels"], indices, labels=indices).loss
-                losses.append(run.accelerator.gather_for_metrics(loss.repeat(len(indices))))
+                logits = model(batch["class_labels"], indices).logits
+                loss = cross_entropy_of_images(model, logits, indices)
+                losses.append(run.accelerator.gather_for_metrics(loss))
             metrics["validation_cross_entropy"] = torch.cat(losses).mean().item()
             run.log(metrics)
         if run.accelerator.is_main_process:

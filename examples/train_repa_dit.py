@@ -56,12 +56,12 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     # 2. Data.
     train_images, validation_images = load_image_dataset(args)
     id2label = read_class_names(train_images, args.label_column)
-    train_loader = run.dataloader(ImageDataset(train_images, args, tokenizer.config.in_channels))
+    train_loader = run.dataloader(ImageDataset(train_images, args, tokenizer.config.in_channels, with_labels=True))
     validation_loader = None
     if validation_images is not None:
         check_labels(validation_images, args.label_column, len(id2label))
-        validation_data = ImageDataset(validation_images, args, tokenizer.config.in_channels)
-        validation_loader = accelerator.prepare(DataLoader(validation_data, batch_size=args.train_batch_size))
+        validation_data = ImageDataset(validation_images, args, tokenizer.config.in_channels, with_labels=True)
+        validation_loader = run.evaluation_dataloader(validation_data)
 
     # 3. Model. The pipeline checks that it fits the tokenizer.
     model = IFSQDiTTransformer2DModel(
@@ -74,6 +74,8 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         num_classes=len(id2label),
         class_dropout_prob=args.class_dropout_prob,
         id2label=id2label,
+        levels=tokenizer.config.levels,
+        scaling_factor=tokenizer.config.scaling_factor,
     )
     pipeline = IFSQDiTPipeline(model, tokenizer, FlowMatchEulerDiscreteScheduler())
     if args.gradient_checkpointing:
@@ -110,7 +112,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
 
     # 5. Training.
     model.train()
-    metrics = {}
+    metrics = None
     for batch in train_loader:
         latents = encode(tokenizer, batch["pixel_values"])
         with accelerator.accumulate(model, *alignments):
@@ -119,7 +121,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
             t = torch.randn(len(latents), device=latents.device).sigmoid()
             noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
             output = model(noisy_latents, t, batch["class_labels"], output_hidden_states=teacher is not None)
-            squared_error, direction_error = velocity_loss(output.sample, latents - noise)
+            squared_error, direction_error = (part.mean() for part in velocity_loss(output.sample, latents - noise))
             loss = squared_error + direction_error
             run.record(squared_error=squared_error, direction_error=direction_error)
             for alignment in alignments:
@@ -129,16 +131,19 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            learning_rate = lr_scheduler.get_last_lr()[0]
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         run.record(loss=loss)
         if accelerator.sync_gradients:
-            run.end_step(learning_rate=lr_scheduler.get_last_lr()[0])
+            run.end_step(learning_rate)
             if run.validation_due:
                 metrics = validate(run, pipeline, validation_loader)
 
-    # 6. Result.
+    # 6. Result. A finished run that is resumed has not validated.
+    if metrics is None:
+        metrics = validate(run, pipeline, validation_loader)
     with run.averaged():
         if accelerator.is_main_process:
             pipeline.save_pretrained(args.output_dir)
@@ -148,7 +153,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
             title="Diffusion image generator on iFSQ codes",
             description=f"Generates images of {len(id2label)} classes by flow matching.",
             usage="from hf_ifsq import IFSQDiTPipeline\n\n"
-            f'pipe = IFSQDiTPipeline.from_pretrained("{args.output_dir}")\n'
+            f'pipe = IFSQDiTPipeline.from_pretrained("{run.model_name}")\n'
             f"image = pipe({id2label[0]!r}).images[0]",
             metrics=metrics,
             num_parameters=pipeline.transformer.num_parameters(),
@@ -167,12 +172,15 @@ def encode(tokenizer: AutoencoderIFSQ, pixel_values: torch.Tensor) -> torch.Tens
 def validation_noise_and_times(
     run: TrainingRun, step: int, latents: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fixed by the seed and the number of the batch among those of all processes, so that any two runs compare."""
+    """Fixed by the seed and the number of the image, so that any two runs compare, on any number of processes."""
     batch_number = step * run.accelerator.num_processes + run.accelerator.process_index
-    generator = torch.Generator().manual_seed(run.args.seed + batch_number)
-    noise = torch.randn(run.args.train_batch_size, *latents.shape[1:], generator=generator)
-    t = torch.randn(run.args.train_batch_size, generator=generator).sigmoid()
-    return noise[: len(latents)].to(latents.device), t[: len(latents)].to(latents.device)
+    first_image = batch_number * run.args.train_batch_size
+    noise, times = [], []
+    for number in range(first_image, first_image + len(latents)):
+        generator = torch.Generator().manual_seed(run.args.seed + number)
+        noise.append(torch.randn(latents.shape[1:], generator=generator))
+        times.append(torch.randn((), generator=generator).sigmoid())
+    return torch.stack(noise).to(latents.device), torch.stack(times).to(latents.device)
 
 
 @torch.no_grad()
@@ -187,8 +195,7 @@ def validate(run: TrainingRun, pipeline: IFSQDiTPipeline, loader: DataLoader | N
                 noise, t = validation_noise_and_times(run, step, latents)
                 noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
                 velocity = model(noisy_latents, t, batch["class_labels"]).sample
-                loss = sum(velocity_loss(velocity, latents - noise))
-                losses.append(run.accelerator.gather_for_metrics(loss.repeat(len(latents))))
+                losses.append(run.accelerator.gather_for_metrics(sum(velocity_loss(velocity, latents - noise))))
             metrics["validation_loss"] = torch.cat(losses).mean().item()
             run.log(metrics)
         if run.accelerator.is_main_process:

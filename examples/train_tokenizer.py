@@ -9,7 +9,6 @@ The output is a folder for `AutoencoderIFSQ.from_pretrained`. All arguments: `--
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 from torch.nn import functional as F
@@ -47,13 +46,12 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
 
     # 1. Data.
     train_images, validation_images = load_image_dataset(args)
-    train_data = ImageDataset(train_images, args, args.channels)
+    train_data = ImageDataset(train_images, args, args.channels, with_labels=False)
     train_loader = run.dataloader(train_data)
     # Without a validation split the pictures show training images, and no metric is reported.
-    shown_data = ImageDataset(validation_images or train_images, args, args.channels)
-    validation_loader = None
-    if validation_images is not None:
-        validation_loader = accelerator.prepare(DataLoader(shown_data, batch_size=args.train_batch_size))
+    shown_images = train_images if validation_images is None else validation_images
+    shown_data = ImageDataset(shown_images, args, args.channels, with_labels=False)
+    validation_loader = None if validation_images is None else run.evaluation_dataloader(shown_data)
 
     # 2. Model.
     model = AutoencoderIFSQ(
@@ -87,7 +85,7 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
 
     # 4. Training.
     model.train()
-    metrics = {}
+    metrics = None
     for batch in train_loader:
         with accelerator.accumulate(model):
             pixel_values = batch["pixel_values"]
@@ -95,18 +93,21 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            learning_rate = lr_scheduler.get_last_lr()[0]
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         run.record(loss=loss)
         if accelerator.sync_gradients:
-            run.end_step(learning_rate=lr_scheduler.get_last_lr()[0])
+            run.end_step(learning_rate)
             if run.validation_due:
                 metrics = validate(run, shown_data, validation_loader)
 
-    # 5. Result.
+    # 5. Result. A finished run that is resumed has not validated.
+    if metrics is None:
+        metrics = validate(run, shown_data, validation_loader)
     with run.averaged() as model:
-        std = measure_std(accelerator, model, train_data, args.train_batch_size)
+        std = measure_std(run, model, train_data)
         model.register_to_config(scaling_factor=1 / std)
         if accelerator.is_main_process:
             model.save_pretrained(args.output_dir)
@@ -117,7 +118,7 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
             description=f"An image tokenizer with channels of {args.levels} levels, one code for each square of "
             f"{model.downsampling_factor} pixels a side.",
             usage="from hf_ifsq import AutoencoderIFSQ\n\n"
-            f'tokenizer = AutoencoderIFSQ.from_pretrained("{args.output_dir}")',
+            f'tokenizer = AutoencoderIFSQ.from_pretrained("{run.model_name}")',
             metrics=metrics,
             num_parameters=num_parameters,
             pipeline_tag="image-feature-extraction",
@@ -150,15 +151,16 @@ def validate(run: TrainingRun, shown_data: ImageDataset, loader: DataLoader | No
 
 
 @torch.no_grad()
-def measure_std(accelerator: Accelerator, model: AutoencoderIFSQ, data: ImageDataset, batch_size: int) -> float:
+def measure_std(run: TrainingRun, model: AutoencoderIFSQ, data: ImageDataset) -> float:
     """Standard deviation of the codes of the training images, at most 10,000 of them."""
-    subset = torch.utils.data.Subset(data, range(min(len(data), 10_000)))
-    loader = accelerator.prepare(DataLoader(subset, batch_size=batch_size))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(run.args.seed))
+    loader = run.evaluation_dataloader(torch.utils.data.Subset(data, order[:10_000].tolist()))
     moments = []
     for batch in loader:
-        codes = model.encode(batch["pixel_values"]).codes.double().flatten(1)
-        moments.append(accelerator.gather_for_metrics(torch.stack([codes.mean(1), codes.square().mean(1)], dim=1)))
-    mean, mean_of_squares = torch.cat(moments).mean(dim=0)
+        codes = model.encode(batch["pixel_values"]).codes.float().flatten(1)
+        moments_of_images = torch.stack([codes.mean(dim=1), codes.square().mean(dim=1)], dim=1)
+        moments.append(run.accelerator.gather_for_metrics(moments_of_images).cpu())
+    mean, mean_of_squares = torch.cat(moments).double().mean(dim=0)
     return (mean_of_squares - mean**2).sqrt().item()
 
 

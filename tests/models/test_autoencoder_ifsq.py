@@ -259,3 +259,19 @@ def test_indices_outside_the_codebook(make_autoencoder, wrong):
 def test_sample_size_must_be_divisible(make_autoencoder, sample_size):
     with pytest.raises(ValueError, match=f"`sample_size`.*4.*got {re.escape(str(sample_size))}"):
         make_autoencoder(sample_size=sample_size)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_codes_that_are_not_finite(make_autoencoder, value):
+    codes = torch.zeros(1, 3, 4, 4)
+    codes[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match="`codes` is not finite"):
+        make_autoencoder().decode(codes)
+
+
+def test_tiles_do_not_overflow_in_half_precision(make_autoencoder):
+    model = make_autoencoder(sample_size=1024)
+    model.enable_tiling()
+    codes = torch.full((1, 3, 300, 256), 0.699, dtype=torch.float16)
+    tiled = model._tiled(lambda tile: tile.repeat_interleave(4, -1).repeat_interleave(4, -2), codes, 1, 4)
+    assert tiled.dtype == torch.float16 and torch.equal(tiled, torch.full_like(tiled, 0.699))

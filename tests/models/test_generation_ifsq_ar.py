@@ -283,3 +283,13 @@ def test_weights_that_are_not_finite(make_ar, name, vocab_sizes, do_sample):
     assert broken
     with pytest.raises(ValueError, match="not finite.*weights hold NaN"):
         model.generate(torch.tensor([1]), do_sample=do_sample)
+
+
+def test_training_mode(make_ar):
+    with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)"):
+        make_ar().train().generate(torch.tensor([1]))
+
+
+def test_no_class_labels(make_ar):
+    with pytest.raises(ValueError, match=r"`class_labels`.*got torch.int64 of shape \(0,\)"):
+        make_ar().generate(torch.zeros(0, dtype=torch.long))

@@ -243,8 +243,22 @@ def test_codes_outside_the_codebook(levels, wrong):
         FiniteScalarQuantizer(levels).codes_to_indices(torch.tensor([[0.0, wrong]]))
 
 
+def test_integers_are_no_latent():
+    with pytest.raises(ValueError, match="`z` must be floating-point.*int64"):
+        FiniteScalarQuantizer([5, 5])(torch.ones(1, 2, 3, dtype=torch.long))
+
+
+@pytest.fixture
+def one_thread():
+    """Threads that wait for each other on a busy machine make times meaningless."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.mark.slow
-def test_at_most_half_the_time_of_fsq():
+def test_at_most_half_the_time_of_fsq(one_thread):
     z = torch.randn(64, 4, 32, 32, requires_grad=True)
     modules = {"ours": FiniteScalarQuantizer([17] * 4), "fsq": FSQ([17] * 4, channel_first=True)}
     seconds = {name: [] for name in modules}

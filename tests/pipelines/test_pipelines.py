@@ -13,6 +13,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SASolverScheduler,
     UniPCMultistepScheduler,
 )
 from safetensors.torch import load_file, save_file
@@ -586,3 +588,66 @@ def test_pipelines_refuse_such_checkpoints(make_pipeline, tmp_path, kind):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=re.escape(name)):
         type(pipeline).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        FlowMatchLCMScheduler(),
+        SASolverScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", algorithm_type="sde-dpmsolver++"
+        ),
+    ],
+    ids=["stochastic Euler", "inverted", "LCM", "SA", "SDE"],
+)
+def test_schedulers_with_noise_of_their_own(make_pipeline, scheduler):
+    with pytest.raises(ValueError, match=f"`scheduler` must be a deterministic.*got {type(scheduler).__name__}"):
+        make_pipeline("dit", scheduler=scheduler)(0)
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_tokenizer_exchanged_later(make_pipeline, make_tokenizer, kind):
+    pipeline = make_pipeline(kind)
+    pipeline.tokenizer = make_tokenizer(levels=(5, 3, 3))
+    with pytest.raises(ValueError, match="use the tokenizer that"):
+        pipeline(0)
+
+
+@pytest.mark.parametrize("name, wrong", [("levels", (3, 5)), ("scaling_factor", 1.25)])
+def test_codes_of_another_tokenizer(make_pipeline, make_tokenizer, tmp_path, name, wrong):
+    pipeline = make_pipeline("dit", levels=(5, 3), scaling_factor=1.5)
+    pipeline.save_pretrained(tmp_path)
+    loaded = IFSQDiTPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`{name}`.*`tokenizer` has {re.escape(str(wrong))}"):
+        IFSQDiTPipeline(loaded.transformer, make_tokenizer(**{name: wrong}), loaded.scheduler)
+
+
+def test_a_name_of_two_classes(make_pipeline):
+    pipeline = make_pipeline("ar", id2label=dict(enumerate(["crane", "bee", "crane", "dog", "eel"])))
+    with pytest.raises(ValueError, match=r"'crane'.*several classes.*\[0, 2\]"):
+        pipeline("crane")
+    assert pipeline.get_label_ids("dog") == [3]
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("name", ["transformer", "tokenizer"])
+def test_training_mode(make_pipeline, kind, name):
+    pipeline = make_pipeline(kind)
+    getattr(pipeline, name).train()
+    with pytest.raises(ValueError, match=f"`{name}` is in training mode"):
+        pipeline(0)
+
+
+def test_ids_of_a_callback_are_checked(make_pipeline):
+    with pytest.raises(ValueError, match=r"`callback_on_step_end`.*\[0, 15\).*15"):
+        make_pipeline("ar")(0, callback_on_step_end=lambda *_: {"indices": torch.full((1, 12), 15)})
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_callback_that_changes_nothing(run, kind):
+    expected = run(kind, generator=generators(0), output_type="latent")
+    changed = run(kind, generator=generators(0), output_type="latent", callback_on_step_end=lambda *_: {})
+    assert torch.equal(changed, expected)

@@ -74,7 +74,7 @@ def test_plain_images(channels, stored):
     images = pictures(channels=stored)
     images[0].putpixel((0, 0), 0 if stored == 1 else (0, 0, 0))
     images[0].putpixel((1, 0), 255 if stored == 1 else (255, 255, 255))
-    data = ImageDataset(make_dataset(images), make_args(), channels)
+    data = ImageDataset(make_dataset(images), make_args(), channels, with_labels=True)
     assert len(data) == 6
     for index, image in enumerate(images):
         item = data[index]
@@ -87,7 +87,7 @@ def test_plain_images(channels, stored):
 
 
 def test_images_without_labels():
-    data = ImageDataset(make_dataset(pictures()).remove_columns("label"), make_args(), 3)
+    data = ImageDataset(make_dataset(pictures()).remove_columns("label"), make_args(), 3, with_labels=False)
     assert data[0].keys() == {"pixel_values"}
 
 
@@ -101,8 +101,8 @@ def test_center_crop(height, width):
         for y in {int(np.floor(top)), int(np.ceil(top))}
         for x in {int(np.floor(left)), int(np.ceil(left))}
     ]
-    plain = ImageDataset(make_dataset([image]), make_args(), 3)
-    center = ImageDataset(make_dataset([image]), make_args(center_crop=True), 3)
+    plain = ImageDataset(make_dataset([image]), make_args(), 3, with_labels=True)
+    center = ImageDataset(make_dataset([image]), make_args(center_crop=True), 3, with_labels=True)
     for item in (plain[0], center[0, 0], center[0, 17]):
         assert any(torch.allclose(item["pixel_values"], crop, atol=1e-6) for crop in allowed)
 
@@ -110,7 +110,7 @@ def test_center_crop(height, width):
 @pytest.mark.parametrize("side, resolution", [(24, 8), (8, 24), (12, 8)])
 def test_resized_to_the_resolution(side, resolution):
     (image,) = pictures(1, side, 2 * side)
-    data = ImageDataset(make_dataset([image]), make_args(resolution=resolution), 3)
+    data = ImageDataset(make_dataset([image]), make_args(resolution=resolution), 3, with_labels=True)
     # The middle of the whole image, resized.
     whole = np.asarray(image.resize((2 * resolution, resolution), Image.Resampling.BICUBIC))
     expected = to_pixels(whole[:, resolution // 2 : resolution // 2 + resolution])
@@ -133,7 +133,7 @@ def find_crop(crop, array):
 @pytest.mark.parametrize("random_flip", [False, True])
 def test_random_crops_lie_in_the_image_and_cover_it(height, width, random_flip):
     (image,) = pictures(1, height, width)
-    data = ImageDataset(make_dataset([image]), make_args(random_flip=random_flip), 3)
+    data = ImageDataset(make_dataset([image]), make_args(random_flip=random_flip), 3, with_labels=True)
     found = [find_crop(data[0, position]["pixel_values"], np.asarray(image)) for position in range(200)]
     assert all(len(places) == 1 for places in found)
     places = [place for (place,) in found]
@@ -145,7 +145,7 @@ def test_random_crops_lie_in_the_image_and_cover_it(height, width, random_flip):
 def test_crop_scale():
     # A ramp: the difference of a crop's first and last pixel is its side less one pixel, in the image's pixels.
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1)))
-    data = ImageDataset(make_dataset([ramp]), make_args(resolution=32, min_crop_scale=0.5), 1)
+    data = ImageDataset(make_dataset([ramp]), make_args(resolution=32, min_crop_scale=0.5), 1, with_labels=True)
     pixels = torch.stack([data[0, position]["pixel_values"][0] for position in range(200)])
     step = (pixels[:, 16, 24] - pixels[:, 16, 8]) / 16  # a share of the scale: 2 at 1.0
     scale = step / (4 / 127.5) / 2
@@ -156,20 +156,20 @@ def test_crop_scale():
 def test_augmentations_depend_on_seed_and_position_alone():
     images = pictures(3, 8, 20)
     args = {"random_flip": True, "min_crop_scale": 0.5}
-    data = ImageDataset(make_dataset(images), make_args(seed=1, **args), 3)
+    data = ImageDataset(make_dataset(images), make_args(seed=1, **args), 3, with_labels=True)
     first = [data[0, position]["pixel_values"] for position in range(20)]
     torch.manual_seed(99)
     np.random.seed(99)
-    again = ImageDataset(make_dataset(images[:1]), make_args(seed=1, **args), 3)
+    again = ImageDataset(make_dataset(images[:1]), make_args(seed=1, **args), 3, with_labels=True)
     for position in reversed(range(20)):
         assert torch.equal(again[0, position]["pixel_values"], first[position])
-    other = ImageDataset(make_dataset(images), make_args(seed=2, **args), 3)
+    other = ImageDataset(make_dataset(images), make_args(seed=2, **args), 3, with_labels=True)
     assert sum(torch.equal(other[0, position]["pixel_values"], first[position]) for position in range(20)) < 5
     assert len({tuple(pixels.flatten().tolist()) for pixels in first}) > 15
 
 
 def test_workers_give_the_same_as_none():
-    data = ImageDataset(make_dataset(pictures(10, 8, 20)), make_args(random_flip=True), 3)
+    data = ImageDataset(make_dataset(pictures(10, 8, 20)), make_args(random_flip=True), 3, with_labels=True)
     batches = [
         list(DataLoader(data, batch_size=4, sampler=ResumableSampler(10, 0, 3, 27), num_workers=workers))
         for workers in (0, 2)
@@ -183,7 +183,7 @@ def test_workers_give_the_same_as_none():
 @pytest.mark.parametrize("channels", [0, 2, 4])
 def test_bad_channels(channels):
     with pytest.raises(ValueError, match=f"`channels` must be 1.*3.*got {channels}"):
-        ImageDataset(make_dataset(pictures()), make_args(), channels)
+        ImageDataset(make_dataset(pictures()), make_args(), channels, with_labels=True)
 
 
 # --- where they come from ---
@@ -322,3 +322,31 @@ def test_class_names():
 def test_bad_labels(dataset, column, got):
     with pytest.raises(ValueError, match=f"`label_column` '{column}'.*{re.escape(got)}"):
         read_class_names(dataset, column)
+
+
+def test_labels_are_only_read_if_asked_for():
+    rows = [{"image": image, "label": "cat"} for image in pictures(2)]
+    assert set(ImageDataset(rows, make_args(), 3, with_labels=False)[1]) == {"pixel_values"}
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "F", None])
+def test_images_that_would_be_cut_off(mode):
+    image = None if mode is None else Image.new(mode, (16, 16))
+    data = ImageDataset([{"image": image}], make_args(), 3, with_labels=False)
+    with pytest.raises(ValueError, match=f"Row 0 of `image_column` 'image'.*got {'None' if mode is None else 'mode'}"):
+        data[0]
+
+
+def test_transparency_is_put_on_white():
+    image = Image.new("RGBA", (16, 16), (255, 0, 0, 51))
+    data = ImageDataset([{"image": image}], make_args(resolution=16), 3, with_labels=False)
+    # A fifth of red (1, -1, -1) on white (1, 1, 1), to one of 256 steps.
+    expected = torch.tensor([1.0, 0.6, 0.6]).view(3, 1, 1).expand(3, 16, 16)
+    torch.testing.assert_close(data[0]["pixel_values"], expected, atol=1 / 127.5, rtol=0)
+
+
+def test_an_empty_split(tmp_path):
+    images = make_dataset(pictures(4))
+    DatasetDict({"train": images, "test": images.select([])}).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="`validation_split` has no images"):
+        load_image_dataset(make_args(dataset_name=str(tmp_path)))

@@ -340,3 +340,31 @@ def test_model_card(start, monkeypatch):
     assert "| psnr | 1.2346 |" in card and "| learning rate | 0.0003, constant |" in card
     assert "accelerate launch train.py --dataset_name org/birds --teacher 'my models/vit'\n" in card
     assert card.startswith("---\n") and "pipeline_tag: some-task" in card.split("---")[1]
+
+
+def test_checkpoints_of_another_run_are_not_overwritten(start):
+    train(start(checkpointing_steps=5))
+    with pytest.raises(ValueError, match=r"`output_dir`.*beyond step 0.*\['checkpoint-5', 'checkpoint-10'\]"):
+        start()
+    with pytest.raises(ValueError, match=r"`output_dir`.*beyond step 5.*\['checkpoint-10'\]"):
+        start(resume_from_checkpoint="checkpoint-5")
+    assert start(resume_from_checkpoint="latest").global_step == 10
+
+
+def test_evaluation_leaves_the_random_states_alone(start):
+    loader = start().evaluation_dataloader(torch.arange(5.0))
+    state = torch.get_rng_state()
+    assert torch.cat(list(loader)).tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_is_in_the_precision_of_the_weights(start):
+    run = start(mixed_precision="bf16")
+    model, _ = run.prepare(Linear(), torch.optim.SGD(Linear().parameters()))
+    values = torch.tensor([[1.0, 2**-9, 2**-10]])
+    with torch.no_grad():
+        model.layer.weight.fill_(1.0)
+        with run.averaged() as evaluated:
+            assert evaluated(values).item() == 1 + 2**-9 + 2**-10
+        # Eight bits of bfloat16 cannot hold that sum.
+        assert run._model.eval()(values).item() == 1.0

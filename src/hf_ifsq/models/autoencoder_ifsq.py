@@ -191,13 +191,15 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
             `(batch, out_channels, height, width)`, about in [-1, 1].
 
         Raises:
-            ValueError: if `codes` has not the shape `(batch, d, *, *)`.
+            ValueError: if `codes` has not the shape `(batch, d, *, *)` or is not finite.
         """
         if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
             raise ValueError(
                 f"`codes` must have shape (batch, {len(self.quantizer.levels)}, height, width), got "
                 f"{tuple(codes.shape)}."
             )
+        if not torch.compiler.is_compiling() and not torch.isfinite(codes).all():
+            raise ValueError("`codes` is not finite (NaN or infinity): there is nothing to decode.")
         sample = self._sliced(self._decode, codes)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -219,6 +221,19 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         if indices.ndim != 3:
             raise ValueError(f"`indices` must have shape (batch, height, width), got {tuple(indices.shape)}.")
         return self.decode(self.quantizer.indices_to_codes(indices, dtype=self.dtype), return_dict=return_dict)
+
+    @apply_forward_hook
+    def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
+        """
+        Round values of any size to the nearest codes.
+
+        Args:
+            values (`torch.Tensor` of shape `(batch, d, *spatial)`): values in the range of codes or beyond.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `values`: codes in [-1, 1].
+        """
+        return self.quantizer.nearest_codes(values)
 
     def forward(
         self, pixel_values: torch.Tensor, return_dict: bool = True
@@ -288,13 +303,15 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
                 part = function(batch[..., top * scale_in : bottom * scale_in, left * scale_in : right * scale_in])
                 if total is None:
                     shape = (*part.shape[:2], rows * scale_out, columns * scale_out)
-                    total, weights = part.new_zeros(shape), part.new_zeros(shape[-2:])
-                ramps = [torch.arange(1, side + 1, device=part.device, dtype=part.dtype) for side in part.shape[-2:]]
+                    # In float32: the sum of the weights would overflow or be rounded in half precision.
+                    total = torch.zeros(shape, device=part.device)
+                    weights = torch.zeros(shape[-2:], device=part.device)
+                ramps = [torch.arange(1, side + 1.0, device=part.device) for side in part.shape[-2:]]
                 weight = torch.outer(*[torch.minimum(ramp, ramp.flip(0)) for ramp in ramps])
                 window = (..., slice(top * scale_out, bottom * scale_out), slice(left * scale_out, right * scale_out))
                 total[window] += part * weight
                 weights[window] += weight
-        return total / weights
+        return (total / weights).to(part.dtype)
 
     def _tile_starts(self, size: int, tile: int) -> list[int]:
         """Starts of the tiles along one side; the last tile ends where the side ends."""

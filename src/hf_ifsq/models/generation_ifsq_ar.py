@@ -89,7 +89,8 @@ class IFSQARGenerationMixin:
             `torch.LongTensor` of shape `(batch, num_tokens)`: whole token ids in raster order.
 
         Raises:
-            ValueError: if an argument is out of its range, or if the weights are not finite.
+            ValueError: if an argument is out of its range, if the model is in training mode, or if the weights are not
+                finite.
         """
         guided = self._check_generate_inputs(class_labels, guidance_scale)
         batch, num_tokens, num_factors = len(class_labels), self.config.num_tokens, len(self.config.vocab_sizes)
@@ -145,6 +146,8 @@ class IFSQARGenerationMixin:
     def _check_generate_inputs(self, class_labels: torch.Tensor, guidance_scale: float) -> bool:
         """Check the inputs of `generate` and return whether there is guidance."""
         self._check_class_labels(class_labels)
+        if self.training:
+            raise ValueError("The model is in training mode, with dropout: call `model.eval()` before `generate`.")
         if not guidance_scale >= 1.0:
             raise ValueError(f"`guidance_scale` must be at least 1.0, which turns guidance off, got {guidance_scale}.")
         if guidance_scale > 1.0 and self.config.class_dropout_prob == 0:

@@ -29,6 +29,9 @@ class StrictLoadingMixin:
             for kind in kinds
             if loading_info[kind]
         ]
+        if not getattr(model, "hf_device_map", None):
+            empty = [name for name, weight in model.named_parameters() if weight.is_meta]
+            problems += [f"{len(empty)} weights that no file holds: {empty[:3]}"] if empty else []
         if problems:
             raise ValueError(f"The checkpoint does not fit {cls.__name__} with its config. {'; '.join(problems)}.")
         return (model, loading_info) if output_loading_info else model

@@ -154,9 +154,7 @@ class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["IFSQARDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
     _supports_sdpa = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": IFSQARDecoderLayer}
 
@@ -248,7 +246,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
             ValueError: if neither `class_labels` nor `input_ids` is given.
         """  # noqa: D205
         hidden_states = self.dropout(self._embed(class_labels, input_ids))
-        batch, length, _ = hidden_states.shape
+        length = hidden_states.shape[1]
         device = hidden_states.device
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = static_cache(self.config.num_hidden_layers, self.config.num_tokens)
@@ -265,7 +263,6 @@ class IFSQARModel(IFSQARPreTrainedModel):
                 inputs_embeds=hidden_states,
                 attention_mask=None,
                 past_key_values=past_key_values,
-                position_ids=position_ids.expand(batch, -1),
             )
         for layer in self.layers:
             hidden_states = layer(
@@ -422,9 +419,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         )
 
     def _check_class_labels(self, class_labels: torch.Tensor) -> None:
-        if class_labels.ndim != 1 or class_labels.is_floating_point():
+        if class_labels.ndim != 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
             raise ValueError(
-                f"`class_labels` must be integers of shape (batch,), got {class_labels.dtype} of shape "
+                f"`class_labels` must be one or more integers of shape (batch,), got {class_labels.dtype} of shape "
                 f"{tuple(class_labels.shape)}."
             )
         last = self.model.embed_classes.num_embeddings - 1

@@ -123,14 +123,16 @@ class FiniteScalarQuantizer(nn.Module):
         Quantize a latent.
 
         Args:
-            z (`torch.Tensor` of shape `(batch, d, *spatial)`): unbounded latent, `d = len(levels)`.
+            z (`torch.Tensor` of shape `(batch, d, *spatial)`):
+                unbounded latent, `d = len(levels)`. A value that is no number stays one in the codes; its index has no
+                meaning.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the codes in [-1, 1], of the shape and dtype of `z`, and their
             indices, int64 of shape `(batch, *spatial)`, in [0, codebook_size).
 
         Raises:
-            ValueError: if `z` has not `d` channels.
+            ValueError: if `z` has not `d` channels or is no floating-point tensor.
         """
         self._check_channels(z, "z")
         with torch.autocast(device_type=z.device.type, enabled=False):
@@ -218,6 +220,8 @@ class FiniteScalarQuantizer(nn.Module):
         return indices.add_(centre)
 
     def _check_channels(self, values: torch.Tensor, name: str) -> None:
+        if not values.is_floating_point():
+            raise ValueError(f"`{name}` must be floating-point numbers, got a tensor of dtype {values.dtype}.")
         if values.ndim < 2 or values.shape[1] != len(self.levels):
             raise ValueError(
                 f"`{name}` must have shape (batch, {len(self.levels)}, *spatial), one channel for each of the levels "

@@ -142,6 +142,8 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             normalization of queries and keys: `"rms_norm"`, `"layer_norm"` or `None`.
         activation_fn (`str`, *optional*, defaults to `"swiglu"`): `"swiglu"` or `"gelu-approximate"`.
         id2label (`dict[int, str]`, *optional*): names of the classes.
+        levels (`tuple[int, ...]`, *optional*), scaling_factor (`float`, *optional*):
+            those of the tokenizer that the model was trained with, if it is quantized; a pipeline refuses another one.
 
     Raises:
         ValueError: if an option has no such value, or if the sizes contradict each other.
@@ -181,6 +183,8 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         qk_norm: str | None = "rms_norm",
         activation_fn: str = "swiglu",
         id2label: dict[int, str] | None = None,
+        levels: tuple[int, ...] | None = None,
+        scaling_factor: float | None = None,
     ):
         super().__init__()
         if id2label is not None:
@@ -241,9 +245,11 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         device = hidden_states.device
 
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)
-        hidden_states = hidden_states + self._fixed_positions(grid, device).to(hidden_states.dtype)
+        # In the dtype of the weights, not of the convolution's output: under autocast the residual stream is float32.
+        dtype = self.patch_embed.weight.dtype
+        hidden_states = hidden_states + self._fixed_positions(grid, device).to(dtype)
         rotary = rotary_table_2d(grid, self.config.attention_head_dim, device=device)
-        time = self.time_embed(self.time_features(timestep).to(hidden_states.dtype))
+        time = self.time_embed(self.time_features(timestep).to(dtype))
         condition = time + self.class_embed(self._drop_labels(class_labels))
 
         collected = (hidden_states,) if output_hidden_states else None

@@ -37,6 +37,9 @@ class IFSQARPipeline(ClassConditionalPipeline):
     def __init__(self, transformer: IFSQARForImageGeneration, tokenizer: AutoencoderIFSQ):
         super().__init__()
         self._register(transformer=transformer, tokenizer=tokenizer)
+
+    def _check_match(self) -> None:
+        transformer, tokenizer = self.transformer, self.tokenizer
         if transformer.config.codebook_size != tokenizer.codebook_size:
             raise ValueError(
                 f"`transformer` predicts {transformer.config.codebook_size} tokens (`vocab_sizes` "
@@ -96,7 +99,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
             ValueError: if an argument is out of its range.
         """
         # 1. Check and prepare the inputs.
-        self._check_output_type(output_type)
+        self._check_common_inputs(output_type)
         labels = self._prepare_labels(class_labels, num_images_per_label)
 
         # 2. Generate the tokens.
@@ -105,7 +108,13 @@ class IFSQARPipeline(ClassConditionalPipeline):
             def on_step_end(num_generated: int, indices: torch.Tensor) -> None:
                 if callback_on_step_end is not None:
                     step = num_generated - 1
-                    indices.copy_(callback_on_step_end(self, step, step, {"indices": indices})["indices"])
+                    changed = callback_on_step_end(self, step, step, {"indices": indices}).get("indices", indices)
+                    if changed.min() < 0 or changed.max() >= self.tokenizer.codebook_size:
+                        raise ValueError(
+                            f"`callback_on_step_end` must return `indices` in [0, {self.tokenizer.codebook_size}), "
+                            f"but they span [{changed.min().item()}, {changed.max().item()}]."
+                        )
+                    indices.copy_(changed)
                 progress_bar.update()
 
             indices = self.transformer.generate(

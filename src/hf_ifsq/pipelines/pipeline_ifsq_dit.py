@@ -7,7 +7,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import ImagePipelineOutput, SchedulerMixin
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    ImagePipelineOutput,
+    SASolverScheduler,
+    SchedulerMixin,
+)
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
@@ -49,11 +55,22 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
     ):
         super().__init__()
         self._register(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
+
+    def _check_match(self) -> None:
+        transformer, tokenizer = self.transformer, self.tokenizer
         if transformer.config.in_channels != len(tokenizer.config.levels):
             raise ValueError(
                 f"`transformer` has {transformer.config.in_channels} `in_channels`, but the codes of `tokenizer` have "
                 f"{len(tokenizer.config.levels)}: use the tokenizer that the model was trained with."
             )
+        for name in ("levels", "scaling_factor"):
+            expected, got = transformer.config[name], tokenizer.config[name]
+            # Tuples of a config come back from JSON as lists.
+            if expected is not None and np.any(np.asarray(expected) != np.asarray(got)):
+                raise ValueError(
+                    f"`transformer` was trained on codes with the `{name}` {expected}, but `tokenizer` has {got}: use "
+                    "the tokenizer that the model was trained with."
+                )
         size = transformer.config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         if size != tokenizer.grid_size:
@@ -130,14 +147,14 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                     raise ValueError("The predicted velocity is not finite: the weights or `latents` hold NaN.")
                 latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, step, timestep, {"latents": latents})["latents"]
+                    latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
                 progress_bar.update()
 
         # 4. Decode the latents.
         scaling_factor = self.tokenizer.config.scaling_factor
         codes = latents / scaling_factor
         if snap_to_codes:
-            codes = self.tokenizer.quantizer.nearest_codes(codes)
+            codes = self.tokenizer.nearest_codes(codes)
         images = codes * scaling_factor
         if output_type != "latent":
             images = self._postprocess(self.tokenizer.decode(codes.to(self.tokenizer.dtype)).sample, output_type)
@@ -192,7 +209,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         guidance_interval: tuple[float, float],
         output_type: str,
     ) -> None:
-        self._check_output_type(output_type)
+        self._check_common_inputs(output_type)
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         if not guidance_scale >= 1.0:
@@ -204,12 +221,22 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             )
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be two increasing numbers in [0, 1], got {guidance_interval}.")
-        config = self.scheduler.config
-        multistep = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-        if not multistep and not type(self.scheduler).__name__.startswith("FlowMatch"):
+        self._check_scheduler()
+
+    def _check_scheduler(self) -> None:
+        """Only deterministic solvers: the noise of others would not depend on an image's own generator alone."""
+        scheduler, config = self.scheduler, self.scheduler.config
+        if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)):
+            fits = not config.get("stochastic_sampling") and not config.get("invert_sigmas")
+        else:
+            fits = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+            fits = fits and not str(config.get("algorithm_type")).startswith("sde")
+            fits = fits and not isinstance(scheduler, SASolverScheduler)
+        if not fits:
             raise ValueError(
-                f"`scheduler` must be one for flow matching, a `FlowMatch...Scheduler` or a multistep solver with "
-                f"`use_flow_sigmas=True` and `prediction_type='flow_prediction'`, got {type(self.scheduler).__name__}."
+                "`scheduler` must be a deterministic one for flow matching, `FlowMatchEulerDiscreteScheduler`, "
+                "`FlowMatchHeunDiscreteScheduler` or a multistep solver with `use_flow_sigmas=True` and "
+                f"`prediction_type='flow_prediction'`, got {type(scheduler).__name__} with {dict(config)}."
             )
 
 

@@ -8,11 +8,16 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from PIL import Image
 from torch import nn
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# Pipelines on the Hub are only downloaded if diffusers knows the modules of their components.
+for module in ("autoencoder_ifsq", "modeling_ifsq_ar", "transformer_ifsq_dit"):
+    LOADABLE_CLASSES.setdefault(f"hf_ifsq.models.{module}", {})
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -28,7 +33,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for name, component in components.items():
             if isinstance(component, nn.Module):
                 check_finite_weights(component, name)
+        self._check_match()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.tokenizer.downsampling_factor)
+
+    def _check_match(self) -> None:
+        """Raises a `ValueError` if generator and tokenizer disagree."""
+        raise NotImplementedError
 
     @property
     def labels(self) -> dict[str, int]:
@@ -47,12 +57,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
             `list[int]`: their ids.
 
         Raises:
-            ValueError: if a name is unknown; the message suggests the closest ones.
+            ValueError: if a name is unknown, where the message suggests the closest ones, or that of several classes.
         """
         labels = self.labels
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            if name not in labels:
+            id2label = self.transformer.config.id2label or {}
+            ids = [class_id for class_id, other in id2label.items() if other == name]
+            if len(ids) > 1:
+                raise ValueError(f"`class_labels` has {name!r}, the name of several classes: give one of {ids}.")
+            if not ids:
                 close = difflib.get_close_matches(name, labels, n=5, cutoff=0.3) or list(labels)[:5]
                 hint = f"Did you mean one of {close}?" if labels else "The generator's config has no `id2label`."
                 raise ValueError(
@@ -82,7 +96,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ids += [int(label)] * num_images_per_label
         return torch.tensor(ids, device=self._execution_device)
 
-    def _check_output_type(self, output_type: str) -> None:
+    def _check_common_inputs(self, output_type: str) -> None:
+        self._check_match()
+        for name in ("transformer", "tokenizer"):
+            if getattr(self, name).training:
+                raise ValueError(f"`{name}` is in training mode: call `pipe.{name}.eval()` before generating.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
 

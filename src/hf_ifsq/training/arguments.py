@@ -38,7 +38,7 @@ class TrainingArguments:
     image_column: str = _argument("image", "Column of the dataset with the images.")
     label_column: str = _argument("label", "Column of the dataset with the class labels.")
     max_train_samples: int | None = _argument(None, "Train on only this many images, drawn by the seed.")
-    max_validation_samples: int = _argument(1000, "Validate on at most this many images, the first of the split.")
+    max_validation_samples: int = _argument(1000, "Validate on at most this many images, drawn by the seed.")
     resolution: int = _argument(256, "Side in pixels of the square images trained on.")
     center_crop: bool = _argument(False, "Crop squares from the middle of the training images, not at random.")
     min_crop_scale: float = _argument(
@@ -157,6 +157,9 @@ def _recipe_to_argv(file: str, arguments_class: type[TrainingArguments]) -> list
     for name, value in recipe.items():
         if isinstance(value, list) and "list" not in str(types[name]):
             raise ValueError(f"`config` {file}: `{name}` takes one value, got {value}.")
+        if isinstance(value, bool) and "bool" not in str(types[name]):
+            # YAML reads `no` as a boolean.
+            value = "yes" if value else "no"
         if value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return argv

@@ -25,7 +25,7 @@ def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None
         `tuple[Dataset, Dataset | None]`: training and validation images; `None` if there is no validation split.
 
     Raises:
-        ValueError: if a split or the image column is missing.
+        ValueError: if a split or the image column is missing, or if a split is empty.
     """
     splits = _load_splits(args)
     train_split = args.train_split or ("train" if "train" in splits else None)
@@ -48,7 +48,11 @@ def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None
     validation = None
     if validation_split is not None:
         validation = splits[validation_split]
-        validation = validation.select(range(min(len(validation), args.max_validation_samples)))
+        if args.max_validation_samples < len(validation):
+            validation = validation.shuffle(seed=args.seed).select(range(args.max_validation_samples))
+    for argument, split in (("train_split", train), ("validation_split", validation)):
+        if split is not None and len(split) == 0:
+            raise ValueError(f"`{argument}` has no images.")
     return train, validation
 
 
@@ -114,6 +118,7 @@ def check_labels(dataset: Dataset, label_column: str, num_classes: int | None = 
 class ImageDataset(torch.utils.data.Dataset):
     """
     Images as `pixel_values`, float32 of shape `(channels, resolution, resolution)` in [-1, 1], and `class_labels`.
+    Transparent images are put on white.
 
     It is read by `(index, position)`, where `position` counts all images read in training: the random crop and flip
     are functions of the seed and of that position. A plain `index` gives the plain image: a square from the middle.
@@ -122,17 +127,19 @@ class ImageDataset(torch.utils.data.Dataset):
         dataset (`datasets.Dataset`): with a column of images and, optionally, one of integer labels.
         args ([`TrainingArguments`]): columns, resolution, crop and flip.
         channels (`int`): 1 for grey images, 3 for RGB.
+        with_labels (`bool`): whether to read `class_labels`.
 
     Raises:
         ValueError: if `channels` is neither 1 nor 3.
     """
 
-    def __init__(self, dataset: Dataset, args: TrainingArguments, channels: int):
+    def __init__(self, dataset: Dataset, args: TrainingArguments, channels: int, with_labels: bool):
         if channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {channels}.")
         self.dataset = dataset
         self.args = args
         self.mode = "L" if channels == 1 else "RGB"
+        self.with_labels = with_labels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -140,13 +147,26 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         index, position = key if isinstance(key, tuple) else (key, None)
         row = self.dataset[index]
-        image = self._crop(row[self.args.image_column].convert(self.mode), position)
+        image = self._crop(self._convert(row[self.args.image_column], index), position)
         # A fresh array: the one behind a PIL image is read-only.
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(*image.size[::-1], len(self.mode))
         item = {"pixel_values": pixels.permute(2, 0, 1).contiguous() / 127.5 - 1}
-        if self.args.label_column in row:
+        if self.with_labels:
             item["class_labels"] = torch.tensor(row[self.args.label_column])
         return item
+
+    def _convert(self, image: Image.Image | None, index: int) -> Image.Image:
+        mode = None if image is None else image.mode
+        # PIL would cut off values of more than 8 bits instead of scaling them.
+        if mode is None or mode in ("I", "F") or mode.startswith("I;16"):
+            raise ValueError(
+                f"Row {index} of `image_column` {self.args.image_column!r} must hold an image of 8 bits a channel, "
+                f"got {'None' if mode is None else f'mode {mode!r}'}."
+            )
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert(self.mode)
 
     def _crop(self, image: Image.Image, position: int | None) -> Image.Image:
         """A square of the image, resized with PIL's antialiased bicubic filter."""

@@ -13,8 +13,10 @@ def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> tuple[torch.T
         target (`torch.Tensor` of the same shape): data minus noise.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: mean squared error, and mean of one minus the cosine similarity over the
-        channels; both scalars in float32. Their sum is trained on.
+        `tuple[torch.Tensor, torch.Tensor]`: for each image the mean squared error, and the mean of one minus the
+        cosine similarity over the channels; both float32 of shape `(batch,)`. The mean of their sum is trained on.
     """
     velocity, target = velocity.float(), target.float()
-    return F.mse_loss(velocity, target), (1 - F.cosine_similarity(velocity, target, dim=1)).mean()
+    squared_error = (velocity - target).square().mean(dim=(1, 2, 3))
+    direction_error = (1 - F.cosine_similarity(velocity, target, dim=1)).mean(dim=(1, 2))
+    return squared_error, direction_error

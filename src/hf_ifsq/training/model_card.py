@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 
+import yaml
 from huggingface_hub import ModelCardData
 
 from .run import TrainingRun
@@ -32,6 +33,13 @@ TEMPLATE = """---
 ```bash
 {command}
 ```
+
+<details><summary>All arguments</summary>
+
+```yaml
+{arguments}```
+
+</details>
 
 ## Evaluation
 
@@ -78,13 +86,14 @@ def make_model_card(
         "averaging": f"EMA of {args.ema_decay}" if args.use_ema else "none",
         "seed": f"{args.seed}",
     }
-    metadata = ModelCardData(library_name="diffusers", pipeline_tag=pipeline_tag, tags=["hf-ifsq"])
+    metadata = ModelCardData(library_name="hf-ifsq", pipeline_tag=pipeline_tag, tags=["ifsq"])
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
         title=title,
         description=description,
         usage=usage,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+        arguments=yaml.safe_dump(args.to_dict(), sort_keys=False),
         command=f"accelerate launch {shlex.join(sys.argv)}",
         metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
     )

@@ -26,7 +26,7 @@ class Teacher(nn.Module):
 
     def __init__(self, name_or_path: str, grid_size: tuple[int, int]):
         super().__init__()
-        model = AutoModel.from_pretrained(name_or_path)
+        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)

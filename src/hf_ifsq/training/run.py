@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from huggingface_hub import create_repo, upload_folder
@@ -53,7 +53,8 @@ class TrainingRun:
 
     Raises:
         ImportError: if the tracker in `report_to` is not installed.
-        ValueError: if the checkpoint to resume from does not exist.
+        ValueError: if the checkpoint to resume from does not exist, if the output folder has checkpoints beyond where
+            this run starts, or if processes share one model (FSDP, DeepSpeed).
     """
 
     def __init__(self, args: TrainingArguments):
@@ -68,7 +69,13 @@ class TrainingRun:
             project_config=ProjectConfiguration(str(self.output_dir), logging_dir=str(self.output_dir / "logs")),
         )
         logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+        distributed_type = self.accelerator.distributed_type
+        if distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+            raise ValueError(
+                f"Training runs on one or several devices by data parallelism, not by {distributed_type}."
+            )
         set_seed(args.seed, device_specific=True)
+        self.repo_id: str | None = None
         self.global_step = 0
         self.samples_seen = 0
         self.max_train_steps: int | None = None
@@ -77,6 +84,13 @@ class TrainingRun:
         if self._checkpoint is not None:
             state = json.loads((self._checkpoint / "training_state.json").read_text(encoding="utf-8"))
             self.global_step, self.samples_seen = state["global_step"], state["samples_seen"]
+        later = [path.name for path in self._checkpoints() if _step_of(path) > self.global_step]
+        if later:
+            raise ValueError(
+                f"`output_dir` {self.output_dir} has checkpoints beyond step {self.global_step}, where this run "
+                f"starts: {later}. Give `--resume_from_checkpoint latest`, remove them, or choose another folder."
+            )
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self._cut_log()
@@ -86,6 +100,11 @@ class TrainingRun:
         if args.report_to != "none":
             config = {name: str(value) for name, value in vars(args).items()}
             self.accelerator.init_trackers(args.tracker_project_name, config=config)
+
+    @property
+    def model_name(self) -> str:
+        """Where the result can be loaded from: its repository on the Hub if it is pushed, or else `output_dir`."""
+        return self.repo_id or self.args.output_dir
 
     @property
     def global_batch_size(self) -> int:
@@ -120,6 +139,19 @@ class TrainingRun:
             # Seeds of the workers, which use none: without it each new loader would advance the global generator.
             generator=torch.Generator(),
         )
+
+    def evaluation_dataloader(self, dataset: torch.utils.data.Dataset) -> DataLoader:
+        """
+        A prepared pass over a dataset in its order, for `accelerator.gather_for_metrics`. It leaves the global random
+        states alone, so that a run resumed after a validation goes on as if it had done it.
+        """
+        loader = DataLoader(
+            dataset,
+            batch_size=self.args.train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),
+        )
+        return self.accelerator.prepare(loader)
 
     def prepare(self, model: nn.Module, *others: Any) -> tuple[Any, ...]:
         """
@@ -191,8 +223,15 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The unwrapped model in evaluation mode, with averaged weights if there is a moving average, for a while."""
+        """
+        The unwrapped model for a while in evaluation mode, in the precision of its weights as whoever loads it would
+        run it, and with averaged weights if there is a moving average.
+        """
         was_training = self._model.training
+        # Accelerate keeps the forward pass as it was before it was wrapped in autocast.
+        autocast_forward = self._model.__dict__.get("forward")
+        if autocast_forward is not None:
+            self._model.forward = self._model._original_forward
         if self._ema is not None:
             self._ema.store(self._model.parameters())
             self._ema.copy_to(self._model.parameters())
@@ -201,6 +240,8 @@ class TrainingRun:
             yield self._model
         finally:
             self._model.train(was_training)
+            if autocast_forward is not None:
+                self._model.forward = autocast_forward
             if self._ema is not None:
                 self._ema.restore(self._model.parameters())
 
@@ -265,7 +306,7 @@ class TrainingRun:
     def _checkpoints(self) -> list[Path]:
         """Checkpoints in the output folder, the oldest first."""
         paths = [path for path in self.output_dir.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-        return sorted(paths, key=lambda path: int(CHECKPOINT_NAME.fullmatch(path.name)[1]))
+        return sorted(paths, key=_step_of)
 
     def _save_checkpoint(self) -> None:
         # Written under another name first: a run killed meanwhile leaves no half checkpoint to resume from.
@@ -313,3 +354,7 @@ class TrainingRun:
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= self.global_step]
             file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(CHECKPOINT_NAME.fullmatch(checkpoint.name)[1])
