@@ -173,11 +173,11 @@ def test_log(workspace, script):
     log = read_log(folder)
     entries = [entry for entry in log if "loss" in entry]
     assert [entry["step"] for entry in entries] == list(range(1, 13))
-    assert [entry["step"] for entry in log if any("validation" in name for name in entry)] == [4, 8, 12]
+    assert [entry["step"] for entry in log if any("validation" in name for name in entry)] == [5, 10, 12]
     losses = [entry["loss"] for entry in entries]
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
-    # Warmup over four steps, then half a cosine over the other eight; the rate is that of the next step.
-    expected = [1e-3 * (step / 4 if step < 4 else (1 + np.cos(np.pi * (step - 4) / 8)) / 2) for step in range(1, 13)]
+    # Warmup over four steps, then half a cosine over the other eight; the first step has a rate of zero.
+    expected = [1e-3 * (step / 4 if step < 4 else (1 + np.cos(np.pi * (step - 4) / 8)) / 2) for step in range(12)]
     assert [entry["learning_rate"] for entry in entries] == pytest.approx(expected, abs=1e-9)
 
 
@@ -201,7 +201,7 @@ def test_model_card(workspace, script):
         assert row in card
     command = card.split("```bash\n")[1].split("\n```")[0]
     assert command.startswith("accelerate launch ") and f"{script}.py" in command and "--max_train_steps 12" in command
-    assert "library_name: diffusers" in card.split("---")[1]
+    assert "library_name: hf-ifsq" in card.split("---")[1]
     assert "{" not in card.replace("{args", "{")
 
 
@@ -210,7 +210,7 @@ def test_files_of_the_result(workspace, script):
     folder = workspace.trained(script)
     pictures = sorted(path.name for path in (folder / "validation").iterdir())
     name = "reconstructions" if script == "train_tokenizer" else "samples"
-    assert pictures == [f"{name}-{step:07d}.png" for step in (4, 8, 12)]
+    assert pictures == [f"{name}-{step:07d}.png" for step in (5, 10, 12)]
     width, height = Image.open(folder / "validation" / pictures[-1]).size
     assert (width, height) == ((32, 32) if script == "train_tokenizer" else (16, 48))
     assert not list(folder.glob("partial-*"))
@@ -299,6 +299,7 @@ def test_killed_and_resumed_equals_uninterrupted(workspace, script):
 def one_and_two_processes(workspace):
     """Output folders of a run with six images a pass, and of one with three images in each of two processes."""
     same = ["--dropout", "0", "--class_dropout_prob", "0", "--max_train_steps", "5", "--checkpointing_steps", "3"]
+    same += ["--validation_steps", "3"]
     # `accelerate launch --cpu` starts one process whatever `--num_processes` says.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 

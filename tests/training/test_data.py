@@ -343,10 +343,3 @@ def test_transparency_is_put_on_white():
     # A fifth of red (1, -1, -1) on white (1, 1, 1), to one of 256 steps.
     expected = torch.tensor([1.0, 0.6, 0.6]).view(3, 1, 1).expand(3, 16, 16)
     torch.testing.assert_close(data[0]["pixel_values"], expected, atol=1 / 127.5, rtol=0)
-
-
-def test_an_empty_split(tmp_path):
-    images = make_dataset(pictures(4))
-    DatasetDict({"train": images, "test": images.select([])}).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match="`validation_split` has no images"):
-        load_image_dataset(make_args(dataset_name=str(tmp_path)))

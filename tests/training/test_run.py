@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -264,6 +265,7 @@ def test_latest_without_checkpoints_starts_anew(start, tmp_path):
 @pytest.mark.parametrize("by", ["name", "path"])
 def test_a_named_checkpoint(start, tmp_path, by):
     train(start(checkpointing_steps=2, max_train_steps=6))
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     name = "checkpoint-4" if by == "name" else str(tmp_path / "out" / "checkpoint-4")
     run = start(resume_from_checkpoint=name)
     assert run.global_step == 4
@@ -309,6 +311,7 @@ def test_the_log_is_cut_on_resuming_and_removed_in_a_new_run(start, tmp_path):
     resumed = start(resume_from_checkpoint="latest", checkpointing_steps=5)
     assert [entry["step"] for entry in read_log(resumed)] == [1, 2, 3, 4, 5]
     assert whole.startswith(file.read_text())
+    shutil.rmtree(tmp_path / "out" / "checkpoint-5")
     start()
     assert not file.exists() or file.read_text() == ""
 

@@ -25,7 +25,7 @@ def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None
         `tuple[Dataset, Dataset | None]`: training and validation images; `None` if there is no validation split.
 
     Raises:
-        ValueError: if a split or the image column is missing, or if a split is empty.
+        ValueError: if a split or the image column is missing.
     """
     splits = _load_splits(args)
     train_split = args.train_split or ("train" if "train" in splits else None)
@@ -50,9 +50,6 @@ def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None
         validation = splits[validation_split]
         if args.max_validation_samples < len(validation):
             validation = validation.shuffle(seed=args.seed).select(range(args.max_validation_samples))
-    for argument, split in (("train_split", train), ("validation_split", validation)):
-        if split is not None and len(split) == 0:
-            raise ValueError(f"`{argument}` has no images.")
     return train, validation
 
 
