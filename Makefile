@@ -1,5 +1,5 @@
 # Every target sets up what it needs in $(VENV) with the tested versions: `make demo` and `make test` work on a fresh
-# machine with nothing but Python >= 3.10.
+# machine with nothing but Python >= 3.11.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python

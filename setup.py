@@ -28,7 +28,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"hf_ifsq": ["py.typed"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
@@ -46,7 +46,6 @@ setup(
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
