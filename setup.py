@@ -5,12 +5,16 @@ from setuptools import find_packages, setup
 
 extras = {
     "demo": ["matplotlib", "scikit-learn"],
-    "eval": ["evaluate>=0.4.6", "scipy", "torchmetrics>=1.9"],
+    "eval": ["evaluate>=0.4.6", "matplotlib"],
     "test": [
+        "evaluate>=0.4.6",
         "matplotlib",
         "pytest",
+        "scikit-image",
         "scikit-learn",
+        "scipy",
         "tensorboard",
+        "torchmetrics>=1.9",
         "vector-quantize-pytorch",
     ],
     "quality": ["ruff"],
@@ -27,7 +31,14 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_ifsq": ["py.typed"]},
+    package_data={
+        "hf_ifsq": [
+            "py.typed",
+            "training/lpips_vgg*",
+            # Folders that `evaluate` loads, and that can be pushed as Spaces.
+            *(f"metrics/*/*.{suffix}" for suffix in ("py", "md", "txt", "html")),
+        ]
+    },
     python_requires=">=3.11",
     install_requires=[
         "accelerate>=1.15",

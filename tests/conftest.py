@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import VQModel
 from safetensors.torch import load_file, save_file
 
 from hf_ifsq import AutoencoderIFSQ, IFSQARConfig, IFSQARForImageGeneration, IFSQDiTTransformer2DModel
@@ -27,6 +28,32 @@ def make_autoencoder():
         model = AutoencoderIFSQ(**{**config, **overrides}).eval()
         # Spreads the codes over all levels.
         torch.nn.init.normal_(model.quant_conv.weight, std=2.0)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_baseline():
+    """Factory of VQModel and AutoencoderKL with the size of `make_autoencoder`: 3 channels, 20 codes."""
+
+    def make(model_class, **overrides):
+        config = {
+            "block_out_channels": (8, 8, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "norm_num_groups": 4,
+            "latent_channels": 3,
+            "mid_block_add_attention": False,
+            "sample_size": 16,
+        }
+        if model_class is VQModel:
+            config["num_vq_embeddings"] = 20
+        model = model_class(**{**config, **overrides}).eval()
+        if model_class is VQModel:
+            # Spreads the latents and the codebook so that many codes are used.
+            torch.nn.init.normal_(model.quant_conv.weight, std=2.0)
+            torch.nn.init.normal_(model.quantize.embedding.weight)
         return model
 
     return make

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import ClassLabel, Dataset, Features, Value
+from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,14 +27,16 @@ SCRIPTS = ["train_tokenizer", "train_repa_ar", "train_repa_dit"]
 NAMES = ["ant", "bee", "cat"]
 
 # All that carries state is on: accumulation, average, warmup, random crops and flips; dropouts by default.
-COMMON = (
+PLAIN = (
     "--resolution 16 --train_batch_size 3 --gradient_accumulation_steps 2 --max_train_steps 12 --learning_rate 1e-3 "
-    "--lr_scheduler cosine --lr_warmup_steps 4 --use_ema --ema_decay 0.9 --random_flip --min_crop_scale 0.7 "
-    "--adam_weight_decay 0.1 --logging_steps 1 --validation_steps 5 --checkpointing_steps 5"
+    "--lr_scheduler cosine --lr_warmup_steps 4 --use_ema --ema_decay 0.9 --adam_weight_decay 0.1 --logging_steps 1 "
+    "--validation_steps 5 --checkpointing_steps 5"
 )
+COMMON = f"{PLAIN} --random_flip --min_crop_scale 0.7"
 REPA = "--num_attention_heads 2 --repa_depth 1 --projector_dim 16 --num_images_per_label 1 --class_dropout_prob 0.3"
 OPTIONS = {
-    "train_tokenizer": "--block_out_channels 32 32 32 --layers_per_block 1 --levels 5 3 --num_validation_images 2",
+    "train_tokenizer": "--block_out_channels 32 32 32 --layers_per_block 1 --levels 5 3 --num_validation_images 2 "
+    "--perceptual_weight 0 --discriminator_start_step 3 --discriminator_layers 2",
     "train_repa_ar": f"{REPA} --vocab_sizes 3 5 --hidden_size 16 --num_hidden_layers 2 --num_factor_layers 1 "
     "--dropout 0.2",
     "train_repa_dit": f"{REPA} --attention_head_dim 8 --num_layers 2 --num_inference_steps 2",
@@ -172,12 +175,17 @@ def test_log(workspace, script):
     folder = workspace.trained(script)
     log = read_log(folder)
     entries = [entry for entry in log if "loss" in entry]
-    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    # From step 3 on, counted from 0, every other step is the discriminator's.
+    steps = [1, 2, 3, 5, 7, 9, 11] if script == "train_tokenizer" else list(range(1, 13))
+    assert [entry["step"] for entry in entries] == steps
     assert [entry["step"] for entry in log if any("validation" in name for name in entry)] == [5, 10, 12]
-    losses = [entry["loss"] for entry in entries]
+    # The adversarial loss of the tokenizer need not fall.
+    losses = [entry["reconstruction_loss" if script == "train_tokenizer" else "loss"] for entry in entries]
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])
-    # Warmup over four steps, then half a cosine over the other eight; the first step has a rate of zero.
-    expected = [1e-3 * (step / 4 if step < 4 else (1 + np.cos(np.pi * (step - 4) / 8)) / 2) for step in range(12)]
+    # Warmup over four steps, then half a cosine over the others; the first step has a rate of zero.
+    num_steps = len(steps)
+    cosine = [(1 + np.cos(np.pi * (step - 4) / (num_steps - 4))) / 2 for step in range(4, num_steps)]
+    expected = [1e-3 * factor for factor in (0, 0.25, 0.5, 0.75, *cosine)]
     assert [entry["learning_rate"] for entry in entries] == pytest.approx(expected, abs=1e-9)
 
 
@@ -230,6 +238,40 @@ def test_tokenizer_loads_and_its_numbers_are_true(workspace):
         squared_error = (tokenizer(pixel_values).sample.clamp(-1, 1) - pixel_values).square().mean(dim=(1, 2, 3))
     psnr = (20 * np.log10(2) - 10 * squared_error.log10()).mean().item()
     assert read_log(folder)[-1]["validation_psnr_db"] == pytest.approx(psnr, abs=1e-3)
+
+
+def test_generator_and_discriminator_take_turns(workspace):
+    log = [entry for entry in read_log(workspace.trained("train_tokenizer")) if "validation_psnr_db" not in entry]
+    turns = ["discriminator" if "discriminator_loss" in entry else "generator" for entry in log]
+    assert turns == ["generator"] * 3 + ["discriminator", "generator"] * 4 + ["discriminator"]
+    for entry in log:
+        assert ("discriminator_loss" in entry) != ("loss" in entry)
+        assert ("adaptive_weight" in entry) == (entry["step"] in (5, 7, 9, 11))
+
+
+def test_generator_and_discriminator_never_step_together(workspace, tmp_path):
+    options = ["--checkpointing_steps", "1", "--max_train_steps", "7", "--lr_warmup_steps", "0", "--lr_scheduler"]
+    options += ["constant", "--gradient_accumulation_steps", "1"]
+    workspace.run("train_tokenizer", tmp_path / "run", *options)
+    files = {"generator": "model.safetensors", "average": "ema.safetensors", "discriminator": "model_1.safetensors"}
+    changed = []
+    for step in range(1, 7):
+        before, after = (tmp_path / "run" / f"checkpoint-{number}" for number in (step, step + 1))
+        weights = {player: (load_file(before / file), load_file(after / file)) for player, file in files.items()}
+        changed.append(
+            {
+                player
+                for player, (old, new) in weights.items()
+                if any(not torch.equal(old[key], new[key]) for key in old)
+            }
+        )
+    generator, discriminator = {"generator", "average"}, {"discriminator"}
+    assert changed == [generator, generator, discriminator, generator, discriminator, generator]
+    judged = [entry for entry in read_log(tmp_path / "run") if "adaptive_weight" in entry]
+    assert [entry["step"] for entry in judged] == [5, 7]
+    for entry in judged:
+        adversarial_loss = 0.5 * entry["adaptive_weight"] * entry["adversarial_loss"]
+        assert entry["loss"] == pytest.approx(entry["reconstruction_loss"] + adversarial_loss, abs=1e-5)
 
 
 def test_scaling_factor_makes_the_codes_of_the_training_images_unit_normal(workspace):
@@ -326,6 +368,22 @@ def test_two_processes_train_as_one(one_and_two_processes):
     assert all("| images a step | 12 |" in card for card in cards)
 
 
+def test_two_processes_train_a_tokenizer_as_one(workspace, tmp_path):
+    # Smooth where training is not: a squared error instead of L1, levels so fine that rounding hardly matters, and
+    # steps of AdamW that are proportional to small gradients.
+    same = ["--max_train_steps", "4", "--discriminator_start_step", "2", "--reconstruction_loss", "l2", "--levels"]
+    same += ["100001", "100001", "--adam_epsilon", "0.1", "--gradient_accumulation_steps", "1"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": ""}
+    workspace.run("train_tokenizer", tmp_path / "one", *same, "--train_batch_size", "6")
+    workspace.run("train_tokenizer", tmp_path / "two", *same, launcher=launcher, environment=environment)
+    logs = [read_log(tmp_path / name) for name in ("one", "two")]
+    assert [sorted(entry) for entry in logs[0]] == [sorted(entry) for entry in logs[1]]
+    assert any("adaptive_weight" in entry for entry in logs[0])
+    for expected, entry in zip(*logs):
+        assert entry == pytest.approx(expected, abs=2e-4)
+
+
 def test_two_processes_validate_as_one(one_and_two_processes):
     """Five images: the second process gets two of them, which accelerate fills up to three."""
     name = "validation_cross_entropy"
@@ -348,24 +406,38 @@ def test_no_script_reaches_for_the_network(workspace):
 
 
 @pytest.fixture
-def run_here(workspace, tmp_path, monkeypatch):
-    """Runs a script in this process; returns its output folder."""
+def run_main(tmp_path, monkeypatch):
+    """Runs a script in this process, with these arguments."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-    def run(script, *extra):
+    def reset():
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+    def run(script, arguments):
+        reset()
         spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, script, module)
         spec.loader.exec_module(module)
-        arguments_class = next(
-            value for name, value in vars(module).items() if name.endswith("TrainingArguments") and len(name) > 17
-        )
-        module.main(parse_args(arguments_class, workspace.arguments(script, tmp_path / "out", *extra)))
-        return tmp_path / "out"
+        (arguments_class,) = [
+            value for name, value in vars(module).items() if name.endswith("Arguments") and value.__module__ == script
+        ]
+        return module.main(parse_args(arguments_class, arguments))
 
     yield run
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset()
+
+
+@pytest.fixture
+def run_here(workspace, tmp_path, run_main):
+    """Runs a training script in this process; returns its output folder."""
+
+    def run(script, *extra):
+        run_main(script, workspace.arguments(script, tmp_path / "out", *extra))
+        return tmp_path / "out"
+
+    return run
 
 
 @pytest.fixture
@@ -439,3 +511,109 @@ def test_depth_of_the_alignment(fails, script, depth):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_stay_short(script):
     assert len((EXAMPLES / f"{script}.py").read_text().splitlines()) <= 300
+
+
+# --- tokens in place of images, and tokenizers of other classes ---
+
+
+@pytest.fixture
+def train_from(tmp_path, run_main):
+    """Trains a generator on what the arguments name, without random crops; returns its output folder."""
+
+    def train(script, name, *sources):
+        arguments = [*PLAIN.split(), *OPTIONS[script].split(), *sources, "--output_dir", str(tmp_path / name)]
+        run_main(script, arguments)
+        return tmp_path / name
+
+    return train
+
+
+@pytest.fixture
+def tokenize(workspace, tmp_path, run_main):
+    """Tokenizes the images of the workspace plainly; returns the folder."""
+
+    def run(tokenizer, *extra):
+        arguments = ["--dataset_name", str(workspace.data), "--tokenizer", str(tokenizer), "--resolution", "16"]
+        run_main("tokenize_dataset", [*arguments, "--output_dir", str(tmp_path / "tokens"), *extra])
+        return str(tmp_path / "tokens")
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_tokens_train_as_their_images(workspace, train_from, tokenize, tmp_path, monkeypatch, script, with_teacher):
+    """Images that lie there no more cannot be read, and a tokenizer without `encode` cannot be run."""
+    tokenizer = workspace.trained("train_tokenizer")
+    teacher = ["--teacher", str(workspace.teacher)] if with_teacher else []
+    images = ["--dataset_name", str(workspace.data), "--tokenizer", str(tokenizer), "--center_crop"]
+    expected = train_from(script, "images", *images, *teacher)
+    tokens = tokenize(tokenizer, *teacher)
+    workspace.data.rename(tmp_path / "elsewhere")
+    if with_teacher:
+        workspace.teacher.rename(tmp_path / "no teacher")
+    monkeypatch.delattr(AutoencoderIFSQ, "encode")
+    try:
+        folder = train_from(script, "generator", "--token_dataset", tokens, *teacher)
+    finally:
+        (tmp_path / "elsewhere").rename(workspace.data)
+        if with_teacher:
+            (tmp_path / "no teacher").rename(workspace.teacher)
+    monkeypatch.undo()
+    log, expected_log = read_log(folder), read_log(expected)
+    assert len(log) == len(expected_log) == 15
+    # Stored features are rounded to float16.
+    tolerance = 2e-3 if with_teacher else 1e-6
+    for entry, expected_entry in zip(log, expected_log):
+        assert entry == pytest.approx(expected_entry, abs=tolerance)
+        assert ("alignment_loss" in entry) == (with_teacher and "loss" in entry)
+    # The pipeline has the tokenizer with it.
+    pipeline = (IFSQARPipeline if script == "train_repa_ar" else IFSQDiTPipeline).from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("bee", output_type="np").images.shape == (1, 16, 16, 3)
+    weights = load_file(tokenizer / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in pipeline.tokenizer.state_dict().items())
+
+
+def test_training_on_tokens_resumes(workspace, train_from, tokenize):
+    tokens = tokenize(workspace.trained("train_tokenizer"), "--num_augmentations", "2", "--random_flip")
+    source = ["--token_dataset", tokens]
+    straight = train_from("train_repa_ar", "straight", *source)
+    resumed = train_from(
+        "train_repa_ar", "resumed", *source, "--resume_from_checkpoint", str(straight / "checkpoint-5")
+    )
+    expected, weights = (load_file(folder / "transformer" / "model.safetensors") for folder in (straight, resumed))
+    assert all(torch.equal(expected[name], weights[name]) for name in expected)
+    losses = {entry["step"]: entry["loss"] for entry in read_log(straight) if "loss" in entry}
+    assert {entry["step"]: entry["loss"] for entry in read_log(resumed) if "loss" in entry} == {
+        step: losses[step] for step in range(6, 13)
+    }
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+@pytest.mark.parametrize("model_class", [VQModel, AutoencoderKL])
+def test_tokenizers_of_other_classes(workspace, train_from, tokenize, make_baseline, tmp_path, script, model_class):
+    model = make_baseline(model_class, scaling_factor=0.7)
+    model.save_pretrained(tmp_path / "tokenizer")
+    images = ["--dataset_name", str(workspace.data), "--tokenizer", str(tmp_path / "tokenizer"), "--center_crop"]
+    short = ["--max_train_steps", "3"] + (["--vocab_sizes", "4", "5"] if script == "train_repa_ar" else [])
+    if model_class is AutoencoderKL and script == "train_repa_ar":
+        with pytest.raises(ValueError, match="`tokenizer` is an AutoencoderKL.*continuous"):
+            train_from(script, "images", *images, *short)
+        return
+    folder = train_from(script, "images", *images, *short)
+    pipeline = (IFSQARPipeline if script == "train_repa_ar" else IFSQDiTPipeline).from_pretrained(folder)
+    assert type(pipeline.tokenizer) is model_class
+    log = read_log(folder)
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    if model_class is VQModel:
+        tokens = train_from(script, "generator", "--token_dataset", tokenize(tmp_path / "tokenizer"), *short)
+        for entry, expected in zip(read_log(tokens), log, strict=True):
+            assert entry == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_vocab_sizes_an_autoencoder_kl_is_refused_too(workspace, run_main, make_baseline, tmp_path):
+    make_baseline(AutoencoderKL).save_pretrained(tmp_path / "tokenizer")
+    arguments = ["--dataset_name", str(workspace.data), "--tokenizer", str(tmp_path / "tokenizer")]
+    with pytest.raises(ValueError, match="`tokenizer` is an AutoencoderKL.*continuous"):
+        run_main("train_repa_ar", [*arguments, "--resolution", "16", "--output_dir", str(tmp_path / "out")])

@@ -1,7 +1,9 @@
 """Loading that fails on a checkpoint that does not fit, instead of going on with random weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -23,15 +25,32 @@ class StrictLoadingMixin:
         model, loading_info = super().from_pretrained(
             *args, output_loading_info=True, ignore_mismatched_sizes=let_through, **kwargs
         )
-        kinds = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
-        problems = [
-            f"{len(loading_info[kind])} {kind}: {sorted(map(str, loading_info[kind]))[:3]}"
-            for kind in kinds
-            if loading_info[kind]
-        ]
-        if not getattr(model, "hf_device_map", None):
-            empty = [name for name, weight in model.named_parameters() if weight.is_meta]
-            problems += [f"{len(empty)} weights that no file holds: {empty[:3]}"] if empty else []
-        if problems:
-            raise ValueError(f"The checkpoint does not fit {cls.__name__} with its config. {'; '.join(problems)}.")
+        check_loading_info(model, loading_info, ignore_mismatched_sizes)
         return (model, loading_info) if output_loading_info else model
+
+
+def check_loading_info(
+    model: nn.Module, loading_info: Mapping[str, Any], ignore_mismatched_sizes: bool = False
+) -> None:
+    """
+    Raise an error if a checkpoint and the model that was loaded from it have not the same weights.
+
+    Args:
+        model (`torch.nn.Module`): the loaded model.
+        loading_info (`dict`): what `from_pretrained` gives by `output_loading_info=True`.
+        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): whether to let other shapes through.
+
+    Raises:
+        ValueError: with the first names of each kind of misfit.
+    """
+    kinds = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
+    problems = [
+        f"{len(loading_info[kind])} {kind}: {sorted(map(str, loading_info[kind]))[:3]}"
+        for kind in kinds
+        if loading_info[kind]
+    ]
+    if not getattr(model, "hf_device_map", None):
+        empty = [name for name, weight in model.named_parameters() if weight.is_meta]
+        problems += [f"{len(empty)} weights that no file holds: {empty[:3]}"] if empty else []
+    if problems:
+        raise ValueError(f"The checkpoint does not fit {type(model).__name__} with its config. {'; '.join(problems)}.")

@@ -5,7 +5,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ImagePipelineOutput
+from diffusers import ImagePipelineOutput, VQModel
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
@@ -18,7 +18,8 @@ class IFSQARPipeline(ClassConditionalPipeline):
 
     Args:
         transformer ([`IFSQARForImageGeneration`]): the generator.
-        tokenizer ([`AutoencoderIFSQ`]): the tokenizer that the generator was trained with.
+        tokenizer ([`AutoencoderIFSQ`] or [`~diffusers.VQModel`]):
+            the tokenizer that the generator was trained with.
 
     Raises:
         ValueError: if the two disagree on the codebook or the grid, or if a weight is not finite.
@@ -34,23 +35,29 @@ class IFSQARPipeline(ClassConditionalPipeline):
     ```
     """
 
-    def __init__(self, transformer: IFSQARForImageGeneration, tokenizer: AutoencoderIFSQ):
+    def __init__(self, transformer: IFSQARForImageGeneration, tokenizer: AutoencoderIFSQ | VQModel):
         super().__init__()
         self._register(transformer=transformer, tokenizer=tokenizer)
 
     def _check_match(self) -> None:
-        transformer, tokenizer = self.transformer, self.tokenizer
+        transformer, tokenizer = self.transformer, self._image_tokenizer
+        if tokenizer.codebook_size is None:
+            raise ValueError(
+                f"`tokenizer` is an {type(self.tokenizer).__name__}, whose codes are continuous: an autoregressive "
+                "generator needs one with a codebook."
+            )
         if transformer.config.codebook_size != tokenizer.codebook_size:
             raise ValueError(
                 f"`transformer` predicts {transformer.config.codebook_size} tokens (`vocab_sizes` "
-                f"{transformer.config.vocab_sizes}), but `tokenizer` has a codebook of {tokenizer.codebook_size} "
-                f"(`levels` {list(tokenizer.config.levels)}): use the tokenizer that the generator was trained with."
+                f"{transformer.config.vocab_sizes}), but `tokenizer` has a codebook of {tokenizer.codebook_size}"
+                f"{f' (`levels` {tokenizer.levels})' if tokenizer.levels else ''}: use the tokenizer that the "
+                "generator was trained with."
             )
         if tuple(transformer.config.grid_size) != tokenizer.grid_size:
             raise ValueError(
                 f"`transformer` has a `grid_size` of {list(transformer.config.grid_size)} tokens, but `tokenizer` "
-                f"gives {list(tokenizer.grid_size)} (its `sample_size` is {tokenizer.config.sample_size}): load the "
-                "tokenizer with the `sample_size` of the images that the generator was trained on."
+                f"gives {list(tokenizer.grid_size)} (its `sample_size` is {self.tokenizer.config.sample_size}): load "
+                "the tokenizer with the `sample_size` of the images that the generator was trained on."
             )
 
     @torch.no_grad()
@@ -101,6 +108,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
         # 1. Check and prepare the inputs.
         self._check_common_inputs(output_type)
         labels = self._prepare_labels(class_labels, num_images_per_label)
+        codebook_size = self.transformer.config.codebook_size
 
         # 2. Generate the tokens.
         with self.progress_bar(total=self.transformer.config.num_tokens) as progress_bar:
@@ -109,9 +117,9 @@ class IFSQARPipeline(ClassConditionalPipeline):
                 if callback_on_step_end is not None:
                     step = num_generated - 1
                     changed = callback_on_step_end(self, step, step, {"indices": indices}).get("indices", indices)
-                    if changed.min() < 0 or changed.max() >= self.tokenizer.codebook_size:
+                    if changed.min() < 0 or changed.max() >= codebook_size:
                         raise ValueError(
-                            f"`callback_on_step_end` must return `indices` in [0, {self.tokenizer.codebook_size}), "
+                            f"`callback_on_step_end` must return `indices` in [0, {codebook_size}), "
                             f"but they span [{changed.min().item()}, {changed.max().item()}]."
                         )
                     indices.copy_(changed)
@@ -131,7 +139,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
         # 3. Decode them.
         images = indices
         if output_type != "latent":
-            images = self._postprocess(self.tokenizer.decode_indices(indices).sample, output_type)
+            images = self._postprocess(self._image_tokenizer.decode_indices(indices), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

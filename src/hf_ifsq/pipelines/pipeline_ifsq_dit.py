@@ -8,11 +8,13 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
     SASolverScheduler,
     SchedulerMixin,
+    VQModel,
 )
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
@@ -27,7 +29,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
     Args:
         transformer ([`IFSQDiTTransformer2DModel`]): the model of the velocity.
-        tokenizer ([`AutoencoderIFSQ`]): the tokenizer that the model was trained with.
+        tokenizer ([`AutoencoderIFSQ`], [`~diffusers.VQModel`] or [`~diffusers.AutoencoderKL`]):
+            the tokenizer that the model was trained with.
         scheduler ([`~diffusers.SchedulerMixin`]):
             a scheduler for flow matching: [`~diffusers.FlowMatchEulerDiscreteScheduler`] or
             [`~diffusers.FlowMatchHeunDiscreteScheduler`], or a multistep solver with `use_flow_sigmas=True` and
@@ -50,21 +53,21 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
     def __init__(
         self,
         transformer: IFSQDiTTransformer2DModel,
-        tokenizer: AutoencoderIFSQ,
+        tokenizer: AutoencoderIFSQ | VQModel | AutoencoderKL,
         scheduler: SchedulerMixin,
     ):
         super().__init__()
         self._register(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
 
     def _check_match(self) -> None:
-        transformer, tokenizer = self.transformer, self.tokenizer
-        if transformer.config.in_channels != len(tokenizer.config.levels):
+        transformer, tokenizer = self.transformer, self._image_tokenizer
+        if transformer.config.in_channels != tokenizer.latent_channels:
             raise ValueError(
                 f"`transformer` has {transformer.config.in_channels} `in_channels`, but the codes of `tokenizer` have "
-                f"{len(tokenizer.config.levels)}: use the tokenizer that the model was trained with."
+                f"{tokenizer.latent_channels}: use the tokenizer that the model was trained with."
             )
         for name in ("levels", "scaling_factor"):
-            expected, got = transformer.config[name], tokenizer.config[name]
+            expected, got = transformer.config[name], getattr(tokenizer, name)
             # Tuples of a config come back from JSON as lists.
             if expected is not None and np.any(np.asarray(expected) != np.asarray(got)):
                 raise ValueError(
@@ -76,8 +79,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         if size != tokenizer.grid_size:
             raise ValueError(
                 f"`transformer` has a `sample_size` of {list(size)}, but `tokenizer` gives a grid of "
-                f"{list(tokenizer.grid_size)} (its `sample_size` is {tokenizer.config.sample_size}): load the "
-                "tokenizer with the `sample_size` of the images that the model was trained on."
+                f"{list(tokenizer.grid_size)} (its `sample_size` is {self.tokenizer.config.sample_size}): load "
+                "the tokenizer with the `sample_size` of the images that the model was trained on."
             )
 
     @torch.no_grad()
@@ -109,7 +112,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 first and last t, in [0, 1] from noise to data, with guidance; elsewhere only conditional rows are
                 computed.
             snap_to_codes (`bool`, *optional*, defaults to `True`):
-                whether to round the final latents to the nearest codes before they are decoded.
+                whether to round the final latents to the nearest codes before they are decoded; an `AutoencoderKL`
+                has none.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 one for all images or one each. An image depends on its own generator and label alone.
             latents (`torch.Tensor` of shape `(batch, channels, rows, columns)`, *optional*):
@@ -151,13 +155,13 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 progress_bar.update()
 
         # 4. Decode the latents.
-        scaling_factor = self.tokenizer.config.scaling_factor
-        codes = latents / scaling_factor
+        tokenizer = self._image_tokenizer
+        codes = tokenizer.latents_to_codes(latents)
         if snap_to_codes:
-            codes = self.tokenizer.nearest_codes(codes)
-        images = codes * scaling_factor
+            codes = tokenizer.nearest_codes(codes)
+        images = tokenizer.codes_to_latents(codes)
         if output_type != "latent":
-            images = self._postprocess(self.tokenizer.decode(codes.to(self.tokenizer.dtype)).sample, output_type)
+            images = self._postprocess(tokenizer.decode_codes(codes), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -181,7 +185,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         batch_size: int,
     ) -> torch.Tensor:
         """Noise in float32, in which the path is followed whatever the dtype of the model."""
-        shape = (self.transformer.config.in_channels, *self.tokenizer.grid_size)
+        shape = (self.transformer.config.in_channels, *self._image_tokenizer.grid_size)
         device = self._execution_device
         if latents is None:
             noise = [

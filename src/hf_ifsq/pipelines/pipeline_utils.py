@@ -12,6 +12,8 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from PIL import Image
 from torch import nn
 
+from ..models.image_tokenizer import ImageTokenizer, as_image_tokenizer
+
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -34,7 +36,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if isinstance(component, nn.Module):
                 check_finite_weights(component, name)
         self._check_match()
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.tokenizer.downsampling_factor)
+        factor = self._image_tokenizer.downsampling_factor
+        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+
+    @property
+    def _image_tokenizer(self) -> ImageTokenizer:
+        return as_image_tokenizer(self.tokenizer)
 
     def _check_match(self) -> None:
         """Raises a `ValueError` if generator and tokenizer disagree."""

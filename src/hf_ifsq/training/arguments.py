@@ -1,97 +1,157 @@
-"""Command-line arguments that all training scripts share, and their parser."""
+"""Command-line arguments that several scripts share, and their parser."""
 
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
 
-def _argument(default: Any, help: str, **metadata: Any) -> Any:
+# What a token dataset has settled already.
+ABOUT_IMAGES = (
+    "dataset_config_name",
+    "train_split",
+    "validation_split",
+    "image_column",
+    "label_column",
+    "center_crop",
+    "min_crop_scale",
+    "random_flip",
+)
+
+
+def argument(default: Any, help: str, **metadata: Any) -> Any:
+    """
+    A field of a dataclass of arguments.
+
+    Args:
+        default: its default; a list is copied for each instance.
+        help (`str`): what `--help` says of it.
+        metadata: further options of `argparse`, such as `choices`.
+
+    Returns:
+        `dataclasses.field`.
+    """
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass
-class TrainingArguments:
+class DataArguments:
     """
-    Arguments under the names of diffusers' training examples. A script adds its own in a subclass.
+    The images that a script reads, how it cuts them, and where its result goes. A script adds its own arguments in a
+    subclass.
 
     Raises:
-        ValueError: if an argument is out of its range or if no data is named.
+        ValueError: if an argument is out of its range, or if not exactly one source of data is named.
     """
 
-    config: str | None = _argument(None, "YAML file with arguments; arguments of the command line override it.")
-    output_dir: str = _argument("outputs/model", "Folder of the trained model, its model card and its checkpoints.")
-    seed: int = _argument(0, "Seed of everything random in training.")
+    # The arguments of which one names the data.
+    SOURCES: ClassVar[tuple[str, ...]] = ("dataset_name", "train_data_dir")
 
-    dataset_name: str | None = _argument(
+    config: str | None = argument(None, "YAML file with arguments; arguments of the command line override it.")
+    output_dir: str = argument("outputs/result", "Folder of the result.")
+    seed: int = argument(0, "Seed of everything random.")
+
+    dataset_name: str | None = argument(
         None, "Images: a dataset of the Hub, or a local folder or parquet file that `datasets` can load."
     )
-    dataset_config_name: str | None = _argument(None, "Configuration of the dataset, if it has several.")
-    train_data_dir: str | None = _argument(None, "Images: a folder in the layout of `datasets`' imagefolder.")
-    train_split: str | None = _argument(None, "Split to train on; by default `train`, or the only one there is.")
-    validation_split: str | None = _argument(None, "Split to validate on; by default `validation` or `test`, if any.")
-    image_column: str = _argument("image", "Column of the dataset with the images.")
-    label_column: str = _argument("label", "Column of the dataset with the class labels.")
-    max_train_samples: int | None = _argument(None, "Train on only this many images, drawn by the seed.")
-    max_validation_samples: int = _argument(1000, "Validate on at most this many images, drawn by the seed.")
-    resolution: int = _argument(256, "Side in pixels of the square images trained on.")
-    center_crop: bool = _argument(False, "Crop squares from the middle of the training images, not at random.")
-    min_crop_scale: float = _argument(
+    dataset_config_name: str | None = argument(None, "Configuration of the dataset, if it has several.")
+    train_data_dir: str | None = argument(None, "Images: a folder in the layout of `datasets`' imagefolder.")
+    train_split: str | None = argument(None, "Split to train on; by default `train`, or the only one there is.")
+    validation_split: str | None = argument(None, "Split to validate on; by default `validation` or `test`, if any.")
+    image_column: str = argument("image", "Column of the dataset with the images.")
+    label_column: str = argument("label", "Column of the dataset with the class labels.")
+    max_train_samples: int | None = argument(None, "Train on only this many images, drawn by the seed.")
+    resolution: int | None = argument(
+        None, "Side in pixels of the square images; by default 256, or that of the token dataset."
+    )
+    center_crop: bool = argument(False, "Crop squares from the middle of the training images, not at random.")
+    min_crop_scale: float = argument(
         1.0, "Side of the smallest random crop over the short side of the image; crops are resized to `resolution`."
     )
-    random_flip: bool = _argument(False, "Flip half of the training images from left to right.")
-    dataloader_num_workers: int = _argument(0, "Processes that load images, for each training process.")
+    random_flip: bool = argument(False, "Flip half of the training images from left to right.")
+    dataloader_num_workers: int = argument(0, "Processes that load images, for each process of the script.")
 
-    train_batch_size: int = _argument(16, "Images a device and forward pass.")
-    num_train_epochs: float = _argument(100, "Times that the dataset is gone through, without `max_train_steps`.")
-    max_train_steps: int | None = _argument(None, "Number of optimizer steps.")
-    gradient_accumulation_steps: int = _argument(1, "Forward passes an optimizer step.")
-    gradient_checkpointing: bool = _argument(False, "Recompute activations in the backward pass to save memory.")
-    mixed_precision: str | None = _argument(
+    push_to_hub: bool = argument(False, "Push the result to the Hub.")
+    hub_private_repo: bool = argument(False, "Make the repository private if it is new.")
+
+    def __post_init__(self) -> None:
+        sources = [getattr(self, name) for name in self.SOURCES]
+        if sum(source is not None for source in sources) != 1:
+            *names, last_name = (f"`{name}`" for name in self.SOURCES)
+            raise ValueError(f"Give exactly one of {', '.join(names)} or {last_name}, got {sources}.")
+        if self.resolution is None and (self.dataset_name or self.train_data_dir):
+            self.resolution = 256
+        self._check_at_least_one("resolution", "max_train_samples")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
+
+    def _check_at_least_one(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All arguments by name."""
+        return asdict(self)
+
+
+@dataclass
+class TrainingArguments(DataArguments):
+    """
+    Arguments under the names of diffusers' training examples.
+
+    Raises:
+        ValueError: if an argument is out of its range, or if not exactly one source of data is named.
+    """
+
+    output_dir: str = argument("outputs/model", "Folder of the trained model, its model card and its checkpoints.")
+    max_validation_samples: int = argument(1000, "Validate on at most this many images, drawn by the seed.")
+
+    train_batch_size: int = argument(16, "Images a device and forward pass.")
+    num_train_epochs: float = argument(100, "Times that the dataset is gone through, without `max_train_steps`.")
+    max_train_steps: int | None = argument(None, "Number of optimizer steps.")
+    gradient_accumulation_steps: int = argument(1, "Forward passes an optimizer step.")
+    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass to save memory.")
+    mixed_precision: str | None = argument(
         None, "`no`, `fp16` or `bf16`; by default as `accelerate` is configured.", choices=["no", "fp16", "bf16"]
     )
 
-    learning_rate: float = _argument(1e-4, "Learning rate after the warmup.")
-    lr_scheduler: str = _argument("constant", "Schedule of the learning rate, a name of `diffusers.optimization`.")
-    lr_warmup_steps: int = _argument(0, "Steps over which the learning rate rises from zero.")
-    adam_beta1: float = _argument(0.9, "Decay of AdamW's mean of gradients.")
-    adam_beta2: float = _argument(0.95, "Decay of AdamW's mean of squared gradients.")
-    adam_weight_decay: float = _argument(0.0, "AdamW's weight decay.")
-    adam_epsilon: float = _argument(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _argument(1.0, "Norm to which gradients are clipped.")
-    use_ema: bool = _argument(False, "Keep an exponential moving average of the weights, and validate and save it.")
-    ema_decay: float = _argument(0.9999, "Decay of the moving average; it is lower in the first steps.")
+    learning_rate: float = argument(1e-4, "Learning rate after the warmup.")
+    lr_scheduler: str = argument("constant", "Schedule of the learning rate, a name of `diffusers.optimization`.")
+    lr_warmup_steps: int = argument(0, "Steps over which the learning rate rises from zero.")
+    adam_beta1: float = argument(0.9, "Decay of AdamW's mean of gradients.")
+    adam_beta2: float = argument(0.95, "Decay of AdamW's mean of squared gradients.")
+    adam_weight_decay: float = argument(0.0, "AdamW's weight decay.")
+    adam_epsilon: float = argument(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = argument(1.0, "Norm to which gradients are clipped.")
+    use_ema: bool = argument(False, "Keep an exponential moving average of the weights, and validate and save it.")
+    ema_decay: float = argument(0.9999, "Decay of the moving average; it is lower in the first steps.")
 
-    logging_steps: int = _argument(10, "Steps between two entries of the log.")
-    validation_steps: int = _argument(1000, "Steps between two validations; there is one at the end in any case.")
-    report_to: str = _argument("none", "Tracker of the log.", choices=["none", "tensorboard", "wandb", "trackio"])
-    tracker_project_name: str = _argument("hf-ifsq", "Project name in the tracker.")
-    checkpointing_steps: int = _argument(500, "Steps between two checkpoints to resume from.")
-    checkpoints_total_limit: int | None = _argument(None, "Checkpoints to keep; the oldest are removed.")
-    resume_from_checkpoint: str | None = _argument(
+    logging_steps: int = argument(10, "Steps between two entries of the log.")
+    validation_steps: int = argument(1000, "Steps between two validations; there is one at the end in any case.")
+    report_to: str = argument("none", "Tracker of the log.", choices=["none", "tensorboard", "wandb", "trackio"])
+    tracker_project_name: str = argument("hf-ifsq", "Project name in the tracker.")
+    checkpointing_steps: int = argument(500, "Steps between two checkpoints to resume from.")
+    checkpoints_total_limit: int | None = argument(None, "Checkpoints to keep; the oldest are removed.")
+    resume_from_checkpoint: str | None = argument(
         None, "Checkpoint folder to resume from, or `latest` for the last one in `output_dir`."
     )
 
-    push_to_hub: bool = _argument(False, "Push the result to the Hub.")
-    hub_model_id: str | None = _argument(None, "Repository on the Hub; by default the name of `output_dir`.")
-    hub_private_repo: bool = _argument(False, "Make the repository private if it is new.")
+    hub_model_id: str | None = argument(None, "Repository on the Hub; by default the name of `output_dir`.")
 
     def __post_init__(self) -> None:
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise ValueError(
-                f"Give either `dataset_name` or `train_data_dir`, got {self.dataset_name!r} and "
-                f"{self.train_data_dir!r}."
-            )
-        at_least_one = (
-            "resolution",
+        super().__post_init__()
+        self._check_at_least_one(
             "train_batch_size",
             "max_train_steps",
-            "max_train_samples",
             "max_validation_samples",
             "gradient_accumulation_steps",
             "logging_steps",
@@ -99,25 +159,72 @@ class TrainingArguments:
             "checkpointing_steps",
             "checkpoints_total_limit",
         )
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
-        if not 0 < self.min_crop_scale <= 1:
-            raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """All arguments by name."""
-        return asdict(self)
+
+@dataclass
+class GeneratorArguments(TrainingArguments):
+    """
+    What the two generators have in common: tokens instead of images, the tokenizer, alignment, validation pictures.
+
+    Raises:
+        ValueError: if an argument is out of its range, if not exactly one source of data is named, if there is none
+            of the tokenizer, or if an argument about images comes with a token dataset.
+    """
+
+    SOURCES: ClassVar[tuple[str, ...]] = ("token_dataset", "dataset_name", "train_data_dir")
+
+    token_dataset: str | None = argument(
+        None, "Tokens instead of images: a folder that `tokenize_dataset.py` wrote, or a dataset of the Hub with one."
+    )
+    tokenizer: str | None = argument(
+        None, "Tokenizer: a folder or a Hub name; by default the one that made the token dataset."
+    )
+    class_dropout_prob: float = argument(0.1, "Share of labels dropped, for guidance.")
+    teacher: str | None = argument(None, "Vision model to align with: a folder or Hub name.")
+    repa_depth: int | None = argument(None, "Layer whose output is aligned; by default at a third of the depth.")
+    projector_dim: int = argument(2048, "Width of the alignment's projector.")
+    num_images_per_label: int = argument(4, "Images of each class in a validation picture.")
+    guidance_scale: float = argument(1.0, "Guidance of the validation pictures.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.token_dataset is None:
+            if self.tokenizer is None:
+                raise ValueError("Give `tokenizer`, or a `token_dataset`, which names its tokenizer; got neither.")
+            return
+        for entry in fields(DataArguments):
+            if entry.name in ABOUT_IMAGES and getattr(self, entry.name) != entry.default:
+                raise ValueError(
+                    f"`{entry.name}` is about images, but `token_dataset` has tokens of images cut already: leave it "
+                    f"out, or give it to `tokenize_dataset.py`; got {getattr(self, entry.name)!r}."
+                )
+
+    def alignment_depth(self, num_layers: int) -> int:
+        """
+        The layer that is aligned with the teacher.
+
+        Args:
+            num_layers (`int`): layers of the generator.
+
+        Returns:
+            `int`: `repa_depth`, or about a third of the depth.
+
+        Raises:
+            ValueError: if the generator has no such layer.
+        """
+        depth = max(1, round(num_layers / 3)) if self.repa_depth is None else self.repa_depth
+        if not 1 <= depth <= num_layers:
+            raise ValueError(f"`repa_depth` must be in [1, {num_layers}], got {depth}.")
+        return depth
 
 
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
+Arguments = TypeVar("Arguments", bound=DataArguments)
 
 
 def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
@@ -125,7 +232,7 @@ def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = No
     Read the command line, and the YAML recipe that it names by `--config`, whose values it overrides.
 
     Args:
-        arguments_class (`type`): [`TrainingArguments`] or a subclass.
+        arguments_class (`type`): [`DataArguments`] or a subclass.
         argv (`list[str]`, *optional*): arguments, by default those of the process.
 
     Returns:
@@ -145,7 +252,7 @@ def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = No
     return arguments
 
 
-def _recipe_to_argv(file: str, arguments_class: type[TrainingArguments]) -> list[str]:
+def _recipe_to_argv(file: str, arguments_class: type[DataArguments]) -> list[str]:
     recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         raise ValueError(f"`config` {file} must be a YAML mapping of argument names to values.")

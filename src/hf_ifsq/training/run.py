@@ -32,6 +32,7 @@ logger = get_logger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 LOG_FILE = "training_log.jsonl"
+STATE_FILE = "training_state.json"
 
 
 class TrainingRun:
@@ -82,7 +83,7 @@ class TrainingRun:
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._checkpoint = self._find_checkpoint()
         if self._checkpoint is not None:
-            state = json.loads((self._checkpoint / "training_state.json").read_text(encoding="utf-8"))
+            state = json.loads((self._checkpoint / STATE_FILE).read_text(encoding="utf-8"))
             self.global_step, self.samples_seen = state["global_step"], state["samples_seen"]
         later = [path.name for path in self._checkpoints() if _step_of(path) > self.global_step]
         if later:
@@ -153,20 +154,22 @@ class TrainingRun:
         )
         return self.accelerator.prepare(loader)
 
-    def prepare(self, model: nn.Module, *others: Any) -> tuple[Any, ...]:
+    def prepare(self, model: nn.Module, *others: Any, saved: nn.Module | None = None) -> tuple[Any, ...]:
         """
         Prepare the trained model and whatever goes with it for the devices, start the moving average, and load the
         checkpoint to resume from, if any.
 
         Args:
-            model (`torch.nn.Module`): the model that is averaged and saved.
-            others: optimizer, learning-rate scheduler, dataloader and further trained modules.
+            model (`torch.nn.Module`): the trained model.
+            others: optimizers, learning-rate schedulers, dataloader and further trained modules.
+            saved (`torch.nn.Module`, *optional*):
+                the model that is averaged and saved, where `model` is a wrapper around it.
 
         Returns:
             `tuple`: all of them, prepared.
         """
         prepared = self.accelerator.prepare(model, *others)
-        self._model = self.accelerator.unwrap_model(prepared[0])
+        self._model = self.accelerator.unwrap_model(prepared[0]) if saved is None else saved
         self._ema = None
         if self.args.use_ema:
             self._ema = EMAModel(self._model.parameters(), decay=self.args.ema_decay, foreach=True)
@@ -185,12 +188,14 @@ class TrainingRun:
         for name, value in metrics.items():
             self._sums.setdefault(name, []).append(value.detach().float())
 
-    def end_step(self, learning_rate: float) -> None:
+    def end_step(self, learning_rate: float, model_changed: bool = True) -> None:
         """
         Count an optimizer step: update the moving average, and write the log and a checkpoint where they are due.
 
         Args:
             learning_rate (`float`): the learning rate of the step, for the log.
+            model_changed (`bool`, *optional*, defaults to `True`):
+                whether the step was one of the model that is averaged, and not of its adversary.
 
         Raises:
             FloatingPointError: if a recorded metric is no longer finite.
@@ -198,7 +203,7 @@ class TrainingRun:
         args = self.args
         self.global_step += 1
         self.samples_seen += self.global_batch_size
-        if self._ema is not None:
+        if self._ema is not None and model_changed:
             self._ema.step(self._model.parameters())
         self._progress_bar.update()
         checkpoint_due = self.global_step % args.checkpointing_steps == 0
@@ -296,7 +301,7 @@ class TrainingRun:
                 logger.info(f"No checkpoint in {self.output_dir} to resume from: starting a new run.")
             return checkpoints[-1] if checkpoints else None
         for path in (self.output_dir / name, Path(name)):
-            if (path / "training_state.json").is_file():
+            if (path / STATE_FILE).is_file():
                 return path
         raise ValueError(
             f"`resume_from_checkpoint` must be `latest` or a checkpoint folder, but there is none at {name!r} nor in "
@@ -322,7 +327,9 @@ class TrainingRun:
             with self.averaged() as model:
                 model.save_pretrained(partial / "model")
             state = {"global_step": self.global_step, "samples_seen": self.samples_seen}
-            (partial / "training_state.json").write_text(json.dumps(state), encoding="utf-8")
+            if self._ema is not None:
+                state["ema_steps"] = self._ema.optimization_step
+            (partial / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             final = self.output_dir / f"checkpoint-{self.global_step}"
@@ -335,6 +342,7 @@ class TrainingRun:
 
     def _load_checkpoint(self, path: Path) -> None:
         logger.info(f"Resuming from {path}.")
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         self.accelerator.load_state(str(path))
         if self._ema is not None:
             file = path / "ema.safetensors"
@@ -342,7 +350,7 @@ class TrainingRun:
                 raise ValueError(f"`use_ema` is set, but the checkpoint {path} was saved without a moving average.")
             shadow = load_file(file, device=str(self.accelerator.device))
             self._ema.shadow_params = [shadow[str(index)] for index in range(len(shadow))]
-            self._ema.optimization_step = self.global_step
+            self._ema.optimization_step = state["ema_steps"]
 
     def _cut_log(self) -> None:
         """Drop entries of an earlier run: all in a new run, those after the checkpoint in a resumed one."""

@@ -1,0 +1,296 @@
+"""
+Compare bottlenecks under one encoder and decoder: iFSQ, FSQ, VQ and KL tokenizers of the same size, trained for the
+same steps on the same images in the same order.
+
+    python examples/compare_tokenizers.py --dataset_name DATASET
+
+It trains iFSQ and FSQ at several bits a dimension, with several seeds each, and writes a table, pictures and
+`results.json` to `output_dir`. A model that is already there is not trained again.
+"""
+
+import json
+import math
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import train_tokenizer
+from diffusers import ModelMixin
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from hf_ifsq import FiniteScalarQuantizer
+from hf_ifsq.metrics.codebook import CodebookUsage
+from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
+from hf_ifsq.models.image_tokenizer import ImageTokenizer, as_image_tokenizer, load_image_tokenizer
+from hf_ifsq.training.arguments import argument, parse_args
+from hf_ifsq.training.data import ImageDataset, load_image_dataset
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclass
+class ComparisonArguments:
+    """What is trained; the defaults take about two minutes a model on one CPU core."""
+
+    dataset_name: str = field(metadata={"help": "Images with a validation or test split, as for the training script."})
+    output_dir: Path = argument(Path("outputs/compare_tokenizers"), "Folder of the results.")
+    bits: list[int] = argument([2, 3, 4, 5], "Bits a dimension: 2**bits + 1 levels.")
+    seeds: list[int] = argument([0, 1, 2], "One model of each kind a seed.")
+    resolution: int = argument(32, "Side of the images in pixels.")
+    block_out_channels: list[int] = argument([32, 32, 64], "Widths of the resolutions of every model.")
+    layers_per_block: int = argument(1, "Residual blocks at each resolution.")
+    latent_channels: int = argument(4, "Dimensions of the codes of every model.")
+    train_batch_size: int = argument(16, "Images a step.")
+    max_train_steps: int = argument(500, "Steps of every model.")
+    learning_rate: float = argument(2e-3, "Learning rate, with warmup and cosine schedule.")
+    max_validation_samples: int = argument(1000, "Images that the models are measured on.")
+    jobs: int = argument(1, "Models that are trained at the same time.")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of tokenizer: the arguments of the training script that tell it from the others."""
+
+    name: str
+    options: tuple[str, ...]
+    bits: int | None = None
+    equal_bins: bool = False
+
+
+class EqualBinsQuantizer(FiniteScalarQuantizer):
+    """
+    Finite scalar quantization into bins of equal width, for odd numbers of levels: scaled by L/2 instead of (L-1)/2
+    before rounding, so that the two outermost bins are no longer half as wide as the others.
+    """
+
+    def bound(self, z: torch.Tensor) -> torch.Tensor:
+        """As that of the base class, within (-L/2, L/2)."""
+        levels = self._channelwise(self._levels, z.ndim)
+        # Just below L/2, which would be rounded out of the range of the digits.
+        return super().bound(z) * (levels / (levels - 1) * (1 - 1e-6))
+
+
+def kinds(args: ComparisonArguments) -> list[Kind]:
+    """All kinds that are compared."""
+    found = []
+    for bits in args.bits:
+        levels = ("--levels", *[str(2**bits + 1)] * args.latent_channels)
+        found.append(Kind(f"ifsq_{bits}bit", ("--bottleneck", "ifsq", *levels), bits))
+        found.append(Kind(f"fsq_{bits}bit", ("--bottleneck", "fsq", *levels), bits))
+        found.append(Kind(f"equal_bins_{bits}bit", ("--bottleneck", "ifsq", *levels), bits, equal_bins=True))
+        if bits == 4:
+            found.append(Kind(f"alpha1.702_{bits}bit", ("--bottleneck", "ifsq", "--alpha", "1.702", *levels), bits))
+    latent_channels = ("--latent_channels", str(args.latent_channels))
+    return [
+        *found,
+        Kind("vq", ("--bottleneck", "vq", *latent_channels)),
+        Kind("kl", ("--bottleneck", "kl", *latent_channels)),
+    ]
+
+
+def main(args: ComparisonArguments) -> None:
+    runs = [(kind, seed) for seed in args.seeds for kind in kinds(args)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda run: train_in_process(args, *run), runs))
+    images = load_images(args)
+    results = [measure(args, kind, seed, images) for kind, seed in tqdm(runs, desc="Measuring")]
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    tables = f"{table_of_kinds(args, results)}\n\n{table_of_differences(args, results)}\n"
+    (args.output_dir / "tables.md").write_text(tables, encoding="utf-8")
+    plot_results(args, results)
+    draw_reconstructions(args, images[:12])
+
+
+def folder_of(args: ComparisonArguments, kind: Kind, seed: int) -> Path:
+    return args.output_dir / f"{kind.name}_seed{seed}"
+
+
+def train_in_process(args: ComparisonArguments, kind: Kind, seed: int) -> None:
+    """Train one model in a process of its own, which has its share of the cores."""
+    if (folder_of(args, kind, seed) / "README.md").is_file():
+        return
+    process = multiprocessing.get_context("spawn").Process(target=train, args=(args, kind, seed))
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"Training {kind.name} with seed {seed} failed with exit code {process.exitcode}.")
+
+
+def train(args: ComparisonArguments, kind: Kind, seed: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
+    if kind.equal_bins:
+        make = train_tokenizer.make_image_tokenizer
+        train_tokenizer.make_image_tokenizer = lambda *args, **kwargs: with_equal_bins(make(*args, **kwargs))
+    options = {
+        "dataset_name": args.dataset_name,
+        "output_dir": folder_of(args, kind, seed),
+        "seed": seed,
+        "resolution": args.resolution,
+        "layers_per_block": args.layers_per_block,
+        "train_batch_size": args.train_batch_size,
+        "max_train_steps": args.max_train_steps,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": args.max_train_steps // 10,
+        "max_validation_samples": args.max_validation_samples,
+        "ema_decay": 0.99,
+        "perceptual_weight": 0,
+        "checkpointing_steps": args.max_train_steps + 1,
+    }
+    argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    argv += ["--random_flip", "--use_ema", "--block_out_channels", *map(str, args.block_out_channels), *kind.options]
+    # The model card states the command: here it is one that trains the same model.
+    sys.argv = ["examples/train_tokenizer.py", *argv]
+    train_tokenizer.main(parse_args(train_tokenizer.TokenizerTrainingArguments, argv))
+
+
+def with_equal_bins(model: ModelMixin) -> ModelMixin:
+    model.quantizer = EqualBinsQuantizer(model.quantizer.levels, model.quantizer.alpha)
+    return model
+
+
+def load_images(args: ComparisonArguments) -> torch.Tensor:
+    """The validation images, `(count, 3, resolution, resolution)` in [-1, 1]."""
+    data_args = train_tokenizer.TokenizerTrainingArguments(
+        dataset_name=args.dataset_name,
+        resolution=args.resolution,
+        max_validation_samples=args.max_validation_samples,
+    )
+    _, validation_images = load_image_dataset(data_args)
+    if validation_images is None:
+        raise ValueError(f"`dataset_name` {args.dataset_name!r} must have a validation or test split.")
+    data = ImageDataset(validation_images, data_args, channels=3, with_labels=False)
+    return torch.stack([data[index]["pixel_values"] for index in range(len(data))])
+
+
+def load(args: ComparisonArguments, kind: Kind, seed: int) -> ImageTokenizer:
+    tokenizer = load_image_tokenizer(str(folder_of(args, kind, seed)))
+    return as_image_tokenizer(with_equal_bins(tokenizer.model)) if kind.equal_bins else tokenizer
+
+
+@torch.no_grad()
+def measure(args: ComparisonArguments, kind: Kind, seed: int, images: torch.Tensor) -> dict[str, Any]:
+    """Quality of the reconstructions, and how evenly the codes are used."""
+    tokenizer = load(args, kind, seed)
+    usage = None
+    if tokenizer.codebook_size is not None:
+        usage = CodebookUsage(tokenizer.codebook_size, tokenizer.levels)
+    psnr, ssim = [], []
+    for batch in images.split(100):
+        reconstructions = tokenizer.decode_codes(tokenizer.encode_codes(batch)).clamp(-1, 1)
+        psnr.append(peak_signal_noise_ratio(reconstructions, batch))
+        ssim.append(structural_similarity(reconstructions, batch))
+        if usage is not None:
+            bounded = None
+            if tokenizer.levels is not None:
+                latent = tokenizer.model.quant_conv(tokenizer.model.encoder(batch))
+                # The bound is the same with bins of equal width: 2 * sigmoid(alpha * latent) - 1.
+                bounded = 2 * torch.sigmoid(tokenizer.model.config.alpha * latent) - 1
+            usage.update(tokenizer.encode_indices(batch), bounded)
+    result = {"kind": kind.name, "bits": kind.bits, "seed": seed, "levels": tokenizer.levels}
+    result |= {"psnr_db": torch.cat(psnr).mean().item(), "ssim": torch.cat(ssim).mean().item()}
+    if usage is not None:
+        counted = usage.compute()
+        result["usage"] = counted["usage"]
+        result["token_entropy_bits"] = counted["entropy_bits"]
+        if tokenizer.levels is not None:
+            result["entropy_bits"] = float(np.mean(counted["dimension_entropies_bits"]))
+            result["ks_distance"] = float(np.mean(counted["dimension_ks_distances"]))
+    return result
+
+
+def values_of(results: list[dict[str, Any]], kind: Kind, name: str) -> np.ndarray:
+    """One value a seed; empty for a kind that has no such value."""
+    return np.array([result[name] for result in results if result["kind"] == kind.name and name in result])
+
+
+def mean_and_spread(values: np.ndarray, digits: int, sign: str = "") -> str:
+    if not len(values):
+        return "–"
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():{sign}.{digits}f}{spread}"
+
+
+def table_of_kinds(args: ComparisonArguments, results: list[dict[str, Any]]) -> str:
+    """Means over the seeds, and standard deviations."""
+    rows = ["| tokenizer | PSNR, dB | SSIM | entropy, bits a dimension | of at most | KS distance to uniform |"]
+    rows.append("|---|---|---|---|---|---|")
+    for kind in kinds(args):
+        cells = [
+            mean_and_spread(values_of(results, kind, name), digits)
+            for name, digits in (("psnr_db", 2), ("ssim", 4), ("entropy_bits", 3), ("ks_distance", 3))
+        ]
+        most = f"{math.log2(2**kind.bits + 1):.3f}" if kind.bits else "–"
+        rows.append(f"| {kind.name} | {' | '.join([*cells[:3], most, cells[3]])} |")
+    return "\n".join(rows)
+
+
+def table_of_differences(args: ComparisonArguments, results: list[dict[str, Any]]) -> str:
+    """Differences between two kinds that were trained with the same seeds, with the spread of the difference."""
+    rows = ["| difference | PSNR, dB | SSIM | entropy, bits a dimension | KS distance |", "|---|---|---|---|---|"]
+    by_name = {kind.name: kind for kind in kinds(args)}
+    for bits in args.bits:
+        for one, other in (("ifsq", "fsq"), ("equal_bins", "ifsq"), ("alpha1.702", "ifsq")):
+            pair = [by_name.get(f"{name}_{bits}bit") for name in (one, other)]
+            if None in pair:
+                continue
+            cells = []
+            for name, digits in (("psnr_db", 3), ("ssim", 4), ("entropy_bits", 4), ("ks_distance", 4)):
+                difference = values_of(results, pair[0], name) - values_of(results, pair[1], name)
+                cells.append(mean_and_spread(difference, digits, sign="+"))
+            rows.append(f"| {pair[0].name} less {pair[1].name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def plot_results(args: ComparisonArguments, results: list[dict[str, Any]]) -> None:
+    """PSNR, share of the possible entropy and uniformity against the bits a dimension."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    titles = {"psnr_db": "PSNR, dB", "entropy_bits": "entropy, share of the possible", "ks_distance": "KS distance"}
+    for axis, (name, title) in zip(axes, titles.items()):
+        for number, family in enumerate(("ifsq", "fsq", "equal_bins", "alpha1.702")):
+            found = [kind for kind in kinds(args) if kind.name.startswith(f"{family}_")]
+            values = [values_of(results, kind, name) for kind in found]
+            if name == "entropy_bits":
+                values = [value / math.log2(2**kind.bits + 1) for kind, value in zip(found, values)]
+            # Side by side, so that the error bars can be told apart.
+            places = [kind.bits + 0.06 * (number - 1.5) for kind in found]
+            spreads = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
+            axis.errorbar(places, [value.mean() for value in values], spreads, fmt="o-", capsize=3, label=family)
+        for name_of_baseline, style in (("vq", "--"), ("kl", ":")):
+            values = values_of(results, Kind(name_of_baseline, ()), name)
+            if len(values):
+                axis.axhline(values.mean(), color="gray", linestyle=style, label=name_of_baseline)
+        axis.set(title=title, xlabel="bits a dimension", xticks=args.bits)
+    axes[0].legend(fontsize=8)
+    figure.savefig(args.output_dir / "comparison.png", dpi=110)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def draw_reconstructions(args: ComparisonArguments, images: torch.Tensor) -> None:
+    """Originals in the first row, and a row of reconstructions for each kind, of the first seed."""
+    rows = {"original": images}
+    for kind in kinds(args):
+        tokenizer = load(args, kind, args.seeds[0])
+        rows[kind.name] = tokenizer.decode_codes(tokenizer.encode_codes(images)).clamp(-1, 1)
+    figure, axes = plt.subplots(len(rows), 1, figsize=(10, 0.85 * len(rows)), layout="constrained")
+    for axis, (name, row) in zip(axes, rows.items()):
+        axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).add(1).div(2).numpy(), interpolation="nearest")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(args.output_dir / "reconstructions.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(ComparisonArguments).parse_args_into_dataclasses()[0])

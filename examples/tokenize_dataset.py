@@ -1,0 +1,144 @@
+"""
+Tokenize images once, to train both generators on their tokens.
+
+    accelerate launch examples/tokenize_dataset.py --dataset_name DATASET --tokenizer outputs/tokenizer \\
+        --output_dir outputs/tokens
+
+The output is a folder for `--token_dataset` of `train_repa_ar.py` and `train_repa_dit.py`, and for
+`datasets.load_dataset`. The same command goes on with a run that was stopped. All arguments: `--help`.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate import Accelerator
+from datasets import ClassLabel, Dataset, Value
+from huggingface_hub import create_repo, upload_folder
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+import hf_ifsq
+from hf_ifsq.models.image_tokenizer import load_image_tokenizer
+from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, parse_args
+from hf_ifsq.training.data import ImageDataset, check_labels, load_image_dataset, read_class_names
+from hf_ifsq.training.repa import Teacher
+from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
+from hf_ifsq.training.tokens import TokenDatasetInfo, check_codebook
+
+
+IMAGE_SETTINGS = ("dataset_name", "train_data_dir", *ABOUT_IMAGES, "max_train_samples", "num_augmentations", "seed")
+
+
+@dataclass
+class TokenizationArguments(DataArguments):
+    """Arguments of this script beside those about images."""
+
+    # All of them.
+    max_validation_samples: ClassVar[int] = sys.maxsize
+
+    output_dir: str = argument("outputs/tokens", "Folder of the token dataset.")
+    tokenizer: str = argument("outputs/tokenizer", "Tokenizer: a folder or a Hub name.")
+    num_augmentations: int = argument(
+        0, "Random crops and flips of each training image; 0 for its plain middle square alone."
+    )
+    teacher: str | None = argument(None, "Vision model whose features are stored in float16: a folder or Hub name.")
+    batch_size: int = argument(64, "Images a device and forward pass.")
+    images_per_shard: int = argument(20_000, "Rows of a file.")
+    hub_dataset_id: str | None = argument(None, "Dataset repository on the Hub; by default the name of `output_dir`.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least_one("batch_size", "images_per_shard")
+        if self.num_augmentations < 0:
+            raise ValueError(f"`num_augmentations` must be at least 0, got {self.num_augmentations}.")
+        if self.num_augmentations == 0 and (self.random_flip or self.min_crop_scale < 1):
+            raise ValueError(
+                "`random_flip` and `min_crop_scale` are about random crops, but `num_augmentations` is 0, which takes "
+                "each image as it is: give the number of crops of each image."
+            )
+
+
+@torch.no_grad()
+def main(args: TokenizationArguments) -> None:
+    accelerator = Accelerator(mixed_precision="no")
+
+    # 1. Models, in float32: a rounded latent is another token.
+    tokenizer = load_image_tokenizer(args.tokenizer, sample_size=args.resolution).to(accelerator.device)
+    check_codebook(tokenizer)
+    teacher = None
+    if args.teacher is not None:
+        teacher = Teacher(args.teacher, tokenizer.grid_size).to(accelerator.device)
+
+    # 2. Images and labels.
+    train_images, validation_images = load_image_dataset(args)
+    splits = {"train": train_images} | ({} if validation_images is None else {"validation": validation_images})
+    label_feature = find_label_feature(args, splits)
+    # Validation images are taken as they are.
+    num_augmentations = {"train": args.num_augmentations, "validation": 0}
+
+    # 3. The folder, which may have shards of an earlier run already.
+    info = TokenDatasetInfo(
+        tokenizer={
+            "name_or_path": args.tokenizer,
+            "revision": type(tokenizer.model).load_config(args.tokenizer, return_commit_hash=True)[1],
+            **tokenizer.describe(),
+        },
+        scaling_factor=tokenizer.scaling_factor,
+        resolution=args.resolution,
+        teacher=None if teacher is None else {"name_or_path": args.teacher, "hidden_size": teacher.hidden_size},
+        num_rows={name: len(images) * max(1, num_augmentations[name]) for name, images in splits.items()},
+        images={name: getattr(args, name) for name in IMAGE_SETTINGS},
+        shards={name: getattr(args, name) for name in ("batch_size", "images_per_shard")},
+        hf_ifsq_version=hf_ifsq.__version__,
+    )
+    writer = TokenDatasetWriter(args.output_dir, info, label_feature)
+    if accelerator.is_main_process:
+        writer.begin()
+    accelerator.wait_for_everyone()
+
+    # 4. Tokens. Each process makes its own share of the shards, as far as they are missing.
+    for split, images in splits.items():
+        shards = writer.shards(split)[accelerator.process_index :: accelerator.num_processes]
+        shards = [shard for shard in shards if not shard.path.exists()]
+        data = ImageDataset(images, args, tokenizer.in_channels, with_labels=label_feature is not None)
+        batches = ShardBatches(shards, args.batch_size, num_augmentations[split])
+        loader = iter(DataLoader(data, batch_sampler=batches, num_workers=args.dataloader_num_workers))
+        for shard in tqdm(shards, desc=f"Shards of {split}", disable=not accelerator.is_local_main_process):
+            with writer.open(shard) as file:
+                for batch in itertools.islice(loader, batches.count(shard)):
+                    pixel_values = batch["pixel_values"].to(accelerator.device)
+                    columns = {"indices": tokenizer.encode_indices(pixel_values).flatten(1)}
+                    if label_feature is not None:
+                        columns["label"] = batch["class_labels"]
+                    if teacher is not None:
+                        columns["teacher_features"] = teacher(pixel_values)
+                    file.add(**columns)
+    accelerator.wait_for_everyone()
+
+    # 5. Result.
+    if accelerator.is_main_process:
+        writer.finish(title=f"Tokens of {args.dataset_name or args.train_data_dir}")
+        if args.push_to_hub:
+            name = args.hub_dataset_id or Path(args.output_dir).resolve().name
+            repo = create_repo(name, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
+            upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=args.output_dir)
+    accelerator.end_training()
+
+
+def find_label_feature(args: TokenizationArguments, splits: dict[str, Dataset]) -> ClassLabel | Value | None:
+    """Type of the labels, with names where they are known; `None` if there are none and no column was named."""
+    if args.label_column == "label" and "label" not in splits["train"].column_names:
+        return None
+    id2label = read_class_names(splits["train"], args.label_column)
+    for images in splits.values():
+        check_labels(images, args.label_column, len(id2label))
+    feature = splits["train"].features[args.label_column]
+    return feature if isinstance(feature, ClassLabel) else Value("int64")
+
+
+if __name__ == "__main__":
+    main(parse_args(TokenizationArguments))

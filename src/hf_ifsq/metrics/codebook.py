@@ -1,0 +1,208 @@
+"""How a tokenizer uses its codebook, counted over any number of batches and processes."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..models.quantization import FiniteScalarQuantizer
+
+
+# Bins of [-1, 1] for the Kolmogorov-Smirnov distance, which they make exact to 2**-16.
+NUM_BINS = 2**16
+
+
+class CodebookUsage:
+    """
+    Counts the tokens of images: what share of the codebook they use, and how evenly. Memory grows with the number of
+    different tokens alone, not with the codebook nor with the number of images.
+
+    Entropies are those of the counted tokens. They are at most the logarithm of the number of tokens: give many times
+    as many tokens as there are codes before comparing codebooks.
+
+    Args:
+        codebook_size (`int`, *optional*): number of codes; by default the product of `levels`.
+        levels (`list[int]`, *optional*):
+            levels of each dimension of finite scalar quantization, the first least significant in a token.
+
+    Raises:
+        ValueError: if neither is given, if they disagree or if one is too small.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_ifsq.metrics.codebook import CodebookUsage
+
+    >>> usage = CodebookUsage(levels=[3, 2])
+    >>> usage.update(torch.tensor([0, 1, 2, 3, 3, 3, 3, 3]))
+    >>> result = usage.compute()
+    >>> result["num_codes_used"], round(result["usage"], 3), round(result["entropy_bits"], 3)
+    (4, 0.667, 1.549)
+
+    ```
+    """
+
+    def __init__(self, codebook_size: int | None = None, levels: list[int] | None = None):
+        if codebook_size is None and levels is None:
+            raise ValueError("Give `codebook_size` or `levels`, got neither.")
+        if levels is not None and (not levels or min(levels) < 2 or codebook_size not in (None, math.prod(levels))):
+            raise ValueError(
+                f"`levels` must be integers of at least 2 with the product `codebook_size`, got {levels} and "
+                f"{codebook_size}."
+            )
+        self.codebook_size = math.prod(levels) if codebook_size is None else codebook_size
+        if not 1 <= self.codebook_size <= 2**63 - 1:
+            raise ValueError(f"`codebook_size` must be in [1, 2**63 - 1], got {self.codebook_size}.")
+        self.levels = None if levels is None else list(levels)
+        self._tokens = np.zeros(0, dtype=np.int64)
+        self._counts = np.zeros(0, dtype=np.int64)
+        self._bins: np.ndarray | None = None
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each used token occurs, the most frequent first; int64 of shape `(num_codes_used,)`."""
+        return np.sort(self._counts)[::-1]
+
+    def update(self, indices: torch.Tensor | np.ndarray, bounded: torch.Tensor | None = None) -> None:
+        """
+        Count the tokens of a batch.
+
+        Args:
+            indices (`torch.Tensor` or `np.ndarray` of any shape): integers in [0, codebook_size).
+            bounded (`torch.Tensor` of shape `(batch, dimensions, *spatial)`, *optional*):
+                floats in [-1, 1], the values that were rounded to these tokens, see [`bounded_values`]; a dimension
+                for each of the `levels`. Give it with all batches or with none.
+
+        Raises:
+            ValueError: if one is of another shape, dtype or range than said.
+        """
+        tokens = torch.as_tensor(indices).detach().cpu()
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"`indices` must be integers, got dtype {tokens.dtype}.")
+        if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.codebook_size):
+            raise ValueError(
+                f"`indices` must be in [0, {self.codebook_size}), the codebook, but they span "
+                f"[{tokens.min().item()}, {tokens.max().item()}]."
+            )
+        bins = None if bounded is None else self._count_bins(torch.as_tensor(bounded).detach(), tokens.numel())
+        batch_tokens, batch_counts = np.unique(tokens.numpy().astype(np.int64), return_counts=True)
+        self._add(batch_tokens, batch_counts, bins)
+
+    def merge(self, other: "CodebookUsage") -> None:
+        """
+        Add the counts of another part of the data, such as that of another process.
+
+        Args:
+            other ([`CodebookUsage`]): counts of the same codebook.
+
+        Raises:
+            ValueError: if it has another codebook.
+        """
+        if (self.codebook_size, self.levels) != (other.codebook_size, other.levels):
+            raise ValueError(
+                f"`other` must count the same codebook of {self.codebook_size} codes and levels {self.levels}, got "
+                f"{other.codebook_size} and {other.levels}."
+            )
+        self._add(other._tokens, other._counts, other._bins)
+
+    def compute(self) -> dict[str, Any]:
+        """
+        The usage of the codebook so far.
+
+        Returns:
+            `dict[str, Any]`:
+            - `num_tokens` (`int`), `num_codes_used` (`int`): tokens counted, and how many different ones.
+            - `usage` (`float`): share of the codebook that occurs, in [0, 1].
+            - `entropy_bits` (`float`): entropy of a token in bits, at most `log2(codebook_size)`.
+            - `perplexity` (`float`): `2**entropy_bits`: as many evenly used codes have the same entropy.
+            - with `levels`, `dimension_histograms` (`list[list[int]]`): how often each level of each dimension
+              occurs; and `dimension_entropies_bits` (`list[float]`), at most `log2(level)` each.
+            - with `bounded` values, `dimension_ks_distances` (`list[float]`): the largest distance in each dimension
+              of the cumulative distribution of the values before rounding to that of the uniform distribution on
+              [-1, 1], in [0, 1] and exact to 2**-16.
+
+        Raises:
+            ValueError: if no token was counted.
+        """
+        if not len(self._tokens):
+            raise ValueError("There are no tokens: call `update` first.")
+        entropy = _entropy_bits(self._counts)
+        result = {
+            "num_tokens": int(self._counts.sum()),
+            "num_codes_used": len(self._tokens),
+            "usage": len(self._tokens) / self.codebook_size,
+            "entropy_bits": entropy,
+            "perplexity": 2**entropy,
+        }
+        if self.levels is not None:
+            histograms = self._dimension_histograms()
+            result["dimension_histograms"] = [histogram.tolist() for histogram in histograms]
+            result["dimension_entropies_bits"] = [_entropy_bits(histogram) for histogram in histograms]
+        if self._bins is not None:
+            cumulative = self._bins.cumsum(axis=1) / self._bins.sum(axis=1, keepdims=True)
+            uniform = np.arange(1, NUM_BINS + 1) / NUM_BINS
+            result["dimension_ks_distances"] = np.abs(cumulative - uniform).max(axis=1).tolist()
+        return result
+
+    def _add(self, tokens: np.ndarray, counts: np.ndarray, bins: np.ndarray | None) -> None:
+        if len(tokens):
+            if len(self._tokens) and (bins is None) != (self._bins is None):
+                raise ValueError("`bounded` must be given with all tokens or with none.")
+            all_tokens = np.concatenate([self._tokens, tokens])
+            self._tokens, places = np.unique(all_tokens, return_inverse=True)
+            all_counts, self._counts = np.concatenate([self._counts, counts]), np.zeros(len(self._tokens), np.int64)
+            np.add.at(self._counts, places, all_counts)
+            if bins is not None:
+                self._bins = bins if self._bins is None else self._bins + bins
+
+    def _count_bins(self, bounded: torch.Tensor, num_tokens: int) -> np.ndarray:
+        dimensions = len(self.levels or [])
+        if bounded.ndim < 2 or bounded.shape[1] != dimensions or bounded.numel() != dimensions * num_tokens:
+            raise ValueError(
+                f"`bounded` must have shape (batch, {dimensions}, *spatial), a dimension for each of the `levels` "
+                f"{self.levels}, and {num_tokens} places, one for each token, got shape {tuple(bounded.shape)}."
+            )
+        if not bounded.is_floating_point():
+            raise ValueError(f"`bounded` must be floats in [-1, 1], got dtype {bounded.dtype}.")
+        # A comparison with NaN is false.
+        if not (bounded.abs() <= 1).all():
+            raise ValueError(
+                f"`bounded` must be in [-1, 1], but it spans [{bounded.min().item()}, {bounded.max().item()}]."
+            )
+        bins = ((bounded.float() + 1) * (NUM_BINS / 2)).long().clamp_(max=NUM_BINS - 1).transpose(0, 1).flatten(1)
+        return np.stack([np.bincount(dimension, minlength=NUM_BINS) for dimension in bins.cpu().numpy()])
+
+    def _dimension_histograms(self) -> list[np.ndarray]:
+        histograms, remainder = [], self._tokens
+        for level in self.levels:
+            # Integers throughout: `np.bincount` would sum weights as floats.
+            histogram = np.zeros(level, dtype=np.int64)
+            np.add.at(histogram, remainder % level, self._counts)
+            histograms.append(histogram)
+            remainder = remainder // level
+        return histograms
+
+
+def bounded_values(quantizer: FiniteScalarQuantizer, latent: torch.Tensor) -> torch.Tensor:
+    """
+    What a quantizer rounds: the latent after the bound, scaled to [-1, 1].
+
+    Args:
+        quantizer ([`FiniteScalarQuantizer`]): with `d` channels.
+        latent (`torch.Tensor` of shape `(batch, d, *spatial)`): its unbounded input.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, d, *spatial)`, float32: values in [-1, 1]. For odd numbers of levels they are
+        `2 * sigmoid(alpha * latent) - 1`; for even ones the centre of the shifted range is moved to 0.
+    """
+    levels = torch.tensor(quantizer.levels, device=latent.device).view(-1, *[1] * (latent.ndim - 2))
+    # For even numbers the range of the bound is shifted by half a level and stretched by a thousandth.
+    centred = quantizer.bound(latent) + (levels % 2 == 0) / 2
+    return (centred / ((levels - 1) / 2)).clamp(-1, 1)
+
+
+def _entropy_bits(counts: np.ndarray) -> float:
+    shares = counts[counts > 0] / counts.sum()
+    return float(abs((shares * np.log2(shares)).sum()))

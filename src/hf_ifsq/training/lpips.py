@@ -1,0 +1,136 @@
+"""Learned perceptual distance between images (LPIPS, https://arxiv.org/abs/1801.03924), on the features of VGG16."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+
+# Widths of VGG16's convolutions in their five stages. Each stage ends with features that are compared.
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+HEADS_FILE = Path(__file__).with_name("lpips_vgg.safetensors")
+
+
+class LPIPS(nn.Module):
+    r"""
+    Learned perceptual distance of two images: their VGG16 features after each of five stages are normalized to unit
+    length over the channels, and the squared differences are weighted by channel, averaged over places, and summed:
+    `sum_l mean_hw sum_c w_lc * (f_lchw / |f_lhw| - g_lchw / |g_lhw|)**2`. The weights `w` are those of version 0.1 of
+    LPIPS, which come with this package; VGG16's own are loaded.
+
+    It is frozen, stays in evaluation mode and runs in float32 whatever autocast says. Gradients flow to the images.
+
+    Args:
+        vgg (`str`, *optional*, defaults to `"timm/vgg16.tv_in1k"`):
+            safetensors of an ImageNet VGG16 under torchvision's names (`features.0.weight`, ...): a repository on the
+            Hub or a folder with a `model.safetensors`, or the file itself.
+        revision (`str`, *optional*): branch, tag or commit of the repository.
+
+    Raises:
+        OSError: if there is no such file, or if it cannot be downloaded.
+        ValueError: if weights of VGG16's features are missing, of another shape, or not finite.
+
+    Example:
+
+    ```python
+    from hf_ifsq.training.lpips import LPIPS
+
+    lpips = LPIPS()
+    loss = lpips(reconstructions, pixel_values).mean()
+    ```
+    """
+
+    def __init__(self, vgg: str = "timm/vgg16.tv_in1k", revision: str | None = None):
+        super().__init__()
+        layers: list[nn.Module] = []
+        self._stage_ends = []
+        in_channels = 3
+        for stage, widths in enumerate(STAGES):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            for width in widths:
+                layers += [nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                in_channels = width
+            self._stage_ends.append(len(layers) - 1)
+        # The places in this list are the numbers in torchvision's names.
+        self.features = nn.Sequential(*layers)
+        self.heads = nn.ModuleList(nn.Conv2d(widths[-1], 1, 1, bias=False) for widths in STAGES)
+        # Maps [-1, 1] to what VGG16 was trained on.
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.heads.load_state_dict(load_file(HEADS_FILE))
+        self._load_features(vgg, revision)
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        """It stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`):
+                in [-1, 1] or, as reconstructions in training, about so; at least 16 pixels a side.
+            references (`torch.Tensor` of the same shape): what they are compared with.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`, float32: distances of at least 0, the smaller the more alike.
+
+        Raises:
+            ValueError: if the shapes are others than said, or if the images are no floating-point numbers.
+        """  # noqa: D205
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] not in (1, 3) or min(shape[2:]) < 16:
+            raise ValueError(
+                f"`images` must have shape (batch, 1 or 3, height, width) with at least 16 pixels a side, got {shape}."
+            )
+        if tuple(references.shape) != shape:
+            raise ValueError(f"`references` must have the shape of `images`, {shape}, got {tuple(references.shape)}.")
+        for name, values in (("images", images), ("references", references)):
+            if not values.is_floating_point():
+                raise ValueError(f"`{name}` must be floats in [-1, 1], got a tensor of dtype {values.dtype}.")
+        with torch.autocast(device_type=images.device.type, enabled=False):
+            distances = torch.zeros(len(images), device=images.device)
+            pairs = zip(self._unit_features(images), self._unit_features(references), strict=True)
+            for head, (features, reference_features) in zip(self.heads, pairs, strict=True):
+                distances = distances + head((features - reference_features).square()).mean(dim=(1, 2, 3))
+        return distances
+
+    def _unit_features(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        hidden = (images.float().expand(-1, 3, -1, -1) - self.shift) / self.scale
+        for number, layer in enumerate(self.features):
+            hidden = layer(hidden)
+            if number in self._stage_ends:
+                yield hidden / (torch.linalg.vector_norm(hidden, dim=1, keepdim=True) + 1e-10)
+
+    def _load_features(self, vgg: str, revision: str | None) -> None:
+        try:
+            if Path(vgg).is_dir():
+                file = Path(vgg) / "model.safetensors"
+            elif Path(vgg).is_file() or vgg.endswith(".safetensors"):
+                file = Path(vgg)
+            else:
+                file = Path(hf_hub_download(vgg, "model.safetensors", revision=revision))
+            weights = load_file(file)
+        except (OSError, HFValidationError, SafetensorError) as error:
+            raise OSError(
+                f"The weights of VGG16 could not be had from `vgg` {vgg!r}. Pass the name of a repository on the Hub, "
+                f"or without a network a folder with its `model.safetensors`, or such a file. ({error})"
+            ) from error
+        own = self.features.state_dict()
+        problems = []
+        for name, weight in own.items():
+            loaded = weights.get(f"features.{name}")
+            if loaded is None:
+                problems.append(f"features.{name} is missing")
+            elif loaded.shape != weight.shape:
+                problems.append(f"features.{name} has shape {tuple(loaded.shape)} instead of {tuple(weight.shape)}")
+            elif not torch.isfinite(loaded).all():
+                problems.append(f"features.{name} is not finite")
+        if problems:
+            raise ValueError(f"`vgg` {vgg!r} does not hold VGG16's features: {', '.join(problems)}.")
+        self.features.load_state_dict({name: weights[f"features.{name}"] for name in own})

@@ -1,0 +1,298 @@
+"""Images to a token dataset: files of rows, each of which is written once, whatever becomes of the process."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import ClassLabel, DatasetInfo, Features, List, SplitDict, SplitInfo, Value
+from datasets.info import DatasetInfosDict
+from huggingface_hub import DatasetCardData
+from pyarrow.parquet import ParquetWriter
+
+from .tokens import INFO_FILE, TokenDatasetInfo
+
+
+# Tokens are close to random: what can be saved is the bits that no token uses, and these lie together once the first
+# bytes of all numbers of a page are followed by all their second bytes, and so on. Features hardly get smaller.
+PARQUET_OPTIONS = {
+    "compression": "zstd",
+    "compression_level": {"indices.list.element": 12},
+    "use_byte_stream_split": True,
+    "use_dictionary": False,
+    "write_statistics": False,
+    "data_page_size": 2**23,
+    # Compresses the list structure too, which version 2 leaves as it is.
+    "data_page_version": "1.0",
+}
+
+# Bytes of rows kept in memory until they are written.
+ROW_GROUP_BYTES = 2**25
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+Images of {resolution} x {resolution} pixels as tokens of an image tokenizer, for training of
+[hf-ifsq](https://arxiv.org/abs/2601.17124): `--token_dataset` of `train_repa_ar.py` and `train_repa_dit.py`.
+
+| | |
+|---|---|
+{facts}
+
+| column | content |
+|---|---|
+{columns}
+
+`{info_file}` has all of this for programs.
+"""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows `start` to `stop` of a split, which are the file `path`."""
+
+    start: int
+    stop: int
+    path: Path
+
+
+class ShardBatches:
+    """
+    Batches of shards as keys of an [`ImageDataset`], for a `DataLoader`. No batch has rows of two shards, so that the
+    content of a shard depends neither on the others nor on the process that makes it.
+
+    Args:
+        shards (`list[Shard]`): shards, one after another.
+        batch_size (`int`): rows of a batch; the last one of a shard may have fewer.
+        num_augmentations (`int`): rows an image, random crops drawn by the number of the row; 0 for one plain row.
+    """
+
+    def __init__(self, shards: list[Shard], batch_size: int, num_augmentations: int):
+        self.shards = shards
+        self.batch_size = batch_size
+        self.num_augmentations = num_augmentations
+
+    def count(self, shard: Shard) -> int:
+        """Batches of a shard."""
+        return math.ceil((shard.stop - shard.start) / self.batch_size)
+
+    def __len__(self) -> int:
+        return sum(map(self.count, self.shards))
+
+    def __iter__(self) -> Iterator[list[int | tuple[int, int]]]:
+        for shard in self.shards:
+            for start in range(shard.start, shard.stop, self.batch_size):
+                rows = range(start, min(start + self.batch_size, shard.stop))
+                yield [(row // self.num_augmentations, row) if self.num_augmentations else row for row in rows]
+
+
+class TokenDatasetWriter:
+    """
+    Writes a token dataset: `data/*.parquet`, which are shards of the splits, `token_dataset.json` and `README.md`, in
+    the layout that `datasets.load_dataset` reads. A shard is in the folder as a whole or not at all, and the
+    description has another name until all of them are: a run that was killed goes on with the shards that are missing.
+
+    Args:
+        folder (`str`): where to write.
+        info ([`TokenDatasetInfo`]): what the rows are.
+        label_feature (`datasets.ClassLabel` or `datasets.Value`, *optional*): type of the labels, if there are any.
+    """
+
+    def __init__(self, folder: str, info: TokenDatasetInfo, label_feature: ClassLabel | Value | None):
+        self.folder = Path(folder)
+        self.info = info
+        dtype = np.min_scalar_type(info.tokenizer["codebook_size"] - 1)
+        self.features = Features({"indices": List(Value(str(dtype)), length=info.num_tokens)})
+        if label_feature is not None:
+            self.features["label"] = label_feature
+        if info.teacher is not None:
+            feature = List(Value("float16"), length=info.teacher["hidden_size"])
+            self.features["teacher_features"] = List(feature, length=info.num_tokens)
+
+    def begin(self) -> None:
+        """
+        Prepare the folder, before any process writes shards and in only one of them.
+
+        Raises:
+            ValueError: if the folder has a token dataset with another description, or files of something else.
+        """
+        unfinished = self.folder / f"partial-{INFO_FILE}"
+        for file in (self.folder / INFO_FILE, unfinished):
+            if file.is_file():
+                self._check_same(TokenDatasetInfo.from_file(file))
+                return
+        if any(self.folder.glob("data/*")):
+            raise ValueError(f"`output_dir` {self.folder} has data of something else: choose another folder.")
+        (self.folder / "data").mkdir(parents=True, exist_ok=True)
+        _write_whole(unfinished, self.info.to_json())
+
+    def shards(self, split: str) -> list[Shard]:
+        """
+        All files of a split.
+
+        Args:
+            split (`str`): one of the splits in `info.num_rows`.
+
+        Returns:
+            `list[Shard]`: in the order of their rows.
+        """
+        num_rows, rows_per_shard = self.info.num_rows[split], self.info.shards["images_per_shard"]
+        starts = range(0, num_rows, rows_per_shard)
+        return [
+            Shard(
+                start,
+                min(start + rows_per_shard, num_rows),
+                self.folder / "data" / f"{split}-{number:05d}-of-{len(starts):05d}.parquet",
+            )
+            for number, start in enumerate(starts)
+        ]
+
+    @contextlib.contextmanager
+    def open(self, shard: Shard) -> Iterator["ShardFile"]:
+        """A file to add the rows of a shard to; at the end it takes the name of the shard."""
+        partial = shard.path.with_name(f"partial-{shard.path.name}")
+        with ParquetWriter(partial, self.features.arrow_schema, **PARQUET_OPTIONS) as writer:
+            file = ShardFile(writer, self.features)
+            yield file
+            file.flush()
+        if file.num_rows != shard.stop - shard.start:
+            raise RuntimeError(f"{shard.path} must get {shard.stop - shard.start} rows, got {file.num_rows}.")
+        partial.rename(shard.path)
+
+    def finish(self, title: str) -> None:
+        """
+        Write the card and give the description its name, after all shards and in only one process.
+
+        Args:
+            title (`str`): headline of the card.
+        """
+        info, tokenizer = self.info, self.info.tokenizer
+        # The names of the files say what split they are, not `configs` of the card: with these, `datasets` takes the
+        # cached rows of any other folder of the same name for those of this one.
+        splits = SplitDict()
+        for name, num_rows in info.num_rows.items():
+            splits.add(SplitInfo(name, num_examples=num_rows))
+        metadata = DatasetCardData(tags=["image-tokens", "ifsq"])
+        DatasetInfosDict({"default": DatasetInfo(features=self.features, splits=splits)}).to_dataset_card_data(
+            metadata
+        )
+        facts = {
+            "tokenizer": f"`{tokenizer['name_or_path']}`" + _if_any(" at revision {}", tokenizer["revision"]),
+            "codebook": f"{tokenizer['codebook_size']:,} tokens" + _if_any(", levels {}", tokenizer["levels"]),
+            "grid": "{} x {} tokens".format(*tokenizer["grid_size"]),
+            "teacher": "none" if info.teacher is None else f"`{info.teacher['name_or_path']}`",
+            "images": ", ".join(f"{name}: {value}" for name, value in info.images.items() if value is not None),
+            "rows": ", ".join(f"{split}: {num_rows:,}" for split, num_rows in info.num_rows.items()),
+        }
+        columns = {
+            "indices": f"the {info.num_tokens} token ids of an image in raster order",
+            "label": "its class",
+            "teacher_features": "features of the teacher for each of the tokens",
+        }
+        card = CARD.format(
+            metadata=metadata.to_yaml(),
+            title=title,
+            resolution=info.resolution,
+            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
+            columns="\n".join(f"| `{name}` | {columns[name]} |" for name in self.features),
+            info_file=INFO_FILE,
+        )
+        _write_whole(self.folder / "README.md", card)
+        unfinished = self.folder / f"partial-{INFO_FILE}"
+        if unfinished.is_file():
+            unfinished.rename(self.folder / INFO_FILE)
+
+    def _check_same(self, begun: TokenDatasetInfo) -> None:
+        before, now = _flatten(asdict(begun)), _flatten(asdict(self.info))
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if names:
+            differences = ", ".join(f"`{name}` ({before.get(name)} and now {now.get(name)})" for name in names)
+            raise ValueError(
+                f"`output_dir` {self.folder} has a token dataset begun with other settings: {differences}. Give the "
+                "same ones to go on, or another folder."
+            )
+
+
+class ShardFile:
+    """
+    A parquet file to which batches of rows are added. They are written in groups, for memory not to grow with a shard.
+
+    Args:
+        writer (`pyarrow.parquet.ParquetWriter`): the open file.
+        features (`datasets.Features`): its columns.
+    """
+
+    def __init__(self, writer: ParquetWriter, features: Features):
+        self.writer = writer
+        self.features = features
+        self.num_rows = 0
+        self._batches: list[pa.Table] = []
+        self._num_bytes = 0
+
+    def add(self, **columns: torch.Tensor) -> None:
+        """
+        Add a batch of rows.
+
+        Args:
+            columns (`torch.Tensor` of shape `(batch, ...)`): values of each column.
+
+        Raises:
+            ValueError: if a value of `teacher_features` is beyond the range of float16.
+        """
+        schema = self.features.arrow_schema
+        arrays = [_to_arrow(name, columns[name].cpu().numpy(), schema.field(name).type) for name in self.features]
+        table = pa.table(arrays, schema=schema)
+        self._batches.append(table)
+        self._num_bytes += table.nbytes
+        self.num_rows += len(table)
+        if self._num_bytes >= ROW_GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows that are still in memory."""
+        if self._batches:
+            self.writer.write_table(pa.concat_tables(self._batches))
+            self._batches, self._num_bytes = [], 0
+
+
+def _to_arrow(name: str, values: np.ndarray, arrow_type: pa.DataType) -> pa.Array:
+    lengths = []
+    while pa.types.is_fixed_size_list(arrow_type):
+        lengths.append(arrow_type.list_size)
+        arrow_type = arrow_type.value_type
+    with np.errstate(over="ignore"):
+        flat = values.reshape(-1).astype(arrow_type.to_pandas_dtype())
+    if np.issubdtype(flat.dtype, np.floating) and not np.isfinite(flat).all():
+        raise ValueError(f"`{name}` must be finite in {flat.dtype}, got values in [{values.min()}, {values.max()}].")
+    array = pa.array(flat, type=arrow_type)
+    for length in reversed(lengths):
+        array = pa.FixedSizeListArray.from_arrays(array, length)
+    return array
+
+
+def _flatten(content: dict[str, Any]) -> dict[str, Any]:
+    """Entries of nested dictionaries under names like `tokenizer.levels`."""
+    flat = {}
+    for name, value in content.items():
+        parts = _flatten(value) if isinstance(value, dict) else {}
+        flat.update({f"{name}.{key}": part for key, part in parts.items()} or {name: value})
+    return flat
+
+
+def _if_any(template: str, value: Any) -> str:
+    return "" if value is None else template.format(value)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there as a whole or not at all."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)

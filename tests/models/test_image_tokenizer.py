@@ -1,0 +1,191 @@
+import re
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DModel, VQModel
+
+from hf_ifsq import AutoencoderIFSQ
+from hf_ifsq.models.image_tokenizer import as_image_tokenizer, load_image_tokenizer
+
+
+CLASSES = [AutoencoderIFSQ, VQModel, AutoencoderKL]
+
+
+@pytest.fixture
+def make(make_autoencoder, make_baseline):
+    """Factory of tokenizers of any class, for 16 x 16 pixels and 4 x 4 cells."""
+
+    def make(model_class, **overrides):
+        if model_class is AutoencoderIFSQ:
+            return as_image_tokenizer(make_autoencoder(**overrides))
+        return as_image_tokenizer(make_baseline(model_class, **overrides))
+
+    return make
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 16, 16) * 2 - 1
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_shapes(make, images, model_class):
+    tokenizer = make(model_class)
+    codes = tokenizer.encode_codes(images)
+    assert codes.shape == (3, tokenizer.latent_channels, *tokenizer.grid_size) == (3, 3, 4, 4)
+    assert tokenizer.decode_codes(codes).shape == images.shape
+    assert tokenizer.downsampling_factor == 4
+    assert tokenizer.in_channels == 3
+
+
+@pytest.mark.parametrize("model_class, size", [(AutoencoderIFSQ, 60), (VQModel, 20)])
+def test_tokens_and_codes_agree(make, images, model_class, size):
+    tokenizer = make(model_class)
+    assert tokenizer.codebook_size == size
+    indices, codes = tokenizer.encode_indices(images), tokenizer.encode_codes(images)
+    assert indices.shape == (3, 4, 4)
+    assert indices.dtype == torch.int64
+    assert indices.unique().numel() > 5
+    assert torch.equal(tokenizer.indices_to_codes(indices), codes)
+    assert torch.equal(tokenizer.decode_indices(indices), tokenizer.decode_codes(codes))
+    # Codes are their own nearest codes, and other values go to the nearest of them all.
+    assert torch.equal(tokenizer.nearest_codes(codes), codes)
+    values = codes + 0.01 * torch.randn(codes.shape)
+    codebook = tokenizer.indices_to_codes(torch.arange(size).view(1, -1, 1))[0, :, :, 0]
+    distances = (values.movedim(1, -1).unsqueeze(-1) - codebook).square().sum(dim=-2)
+    torch.testing.assert_close(tokenizer.nearest_codes(values), codebook.T[distances.argmin(dim=-1)].movedim(-1, 1))
+
+
+def test_vq_takes_the_nearest_entry_of_the_codebook(make, images):
+    tokenizer = make(VQModel)
+    latents = tokenizer.model.encode(images).latents
+    codebook = tokenizer.model.quantize.embedding.weight
+    for image, row, column in [(0, 0, 0), (1, 2, 3), (2, 3, 1)]:
+        distances = (codebook - latents[image, :, row, column]).norm(dim=1)
+        assert tokenizer.encode_indices(images)[image, row, column] == distances.argmin()
+
+
+def test_vq_in_training(make, images):
+    tokenizer = make(VQModel)
+    sample, loss = tokenizer(images)
+    torch.testing.assert_close(sample, tokenizer.decode_indices(tokenizer.encode_indices(images)), atol=1e-5, rtol=0)
+    # VQModel counts the codebook's own error a quarter.
+    latents = tokenizer.model.encode(images).latents
+    error = (latents - tokenizer.encode_codes(images)).square().mean()
+    torch.testing.assert_close(loss, 1.25 * error)
+
+
+def test_kl_in_training(make, images):
+    tokenizer = make(AutoencoderKL)
+    torch.manual_seed(3)
+    sample, loss = tokenizer(images)
+    torch.manual_seed(3)
+    codes = tokenizer.encode_codes(images, sample_posterior=True)
+    torch.testing.assert_close(sample, tokenizer.decode_codes(codes))
+    posterior = tokenizer.model.encode(images).latent_dist
+    torch.testing.assert_close(tokenizer.encode_codes(images), posterior.mean)
+    normal = torch.distributions.Normal(posterior.mean, posterior.std)
+    divergence = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0))
+    torch.testing.assert_close(loss, divergence.sum() / images.numel())
+
+
+def test_ifsq_in_training(make, images):
+    tokenizer = make(AutoencoderIFSQ)
+    sample, loss = tokenizer(images)
+    assert torch.equal(sample, tokenizer.model(images).sample)
+    assert loss == 0
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_latents(make, images, model_class):
+    options = {"shift_factor": 0.5} if model_class is AutoencoderKL else {}
+    tokenizer = make(model_class, scaling_factor=4.0, **options)
+    codes = tokenizer.encode_codes(images)
+    expected = 4 * (codes - 0.5) if options else 4 * codes
+    torch.testing.assert_close(tokenizer.codes_to_latents(codes), expected)
+    torch.testing.assert_close(tokenizer.latents_to_codes(expected), codes)
+
+
+def test_kl_has_no_tokens(make, images):
+    tokenizer = make(AutoencoderKL)
+    assert tokenizer.codebook_size is None
+    values = torch.randn(1, 3, 4, 4)
+    assert torch.equal(tokenizer.nearest_codes(values), values)
+    with pytest.raises(ValueError, match="`tokenizer` is an AutoencoderKL, whose codes are continuous"):
+        tokenizer.encode_indices(images)
+    with pytest.raises(ValueError, match="`tokenizer` is an AutoencoderKL"):
+        tokenizer.indices_to_codes(torch.zeros(1, 4, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_loading(make, images, tmp_path, model_class):
+    tokenizer = make(model_class)
+    tokenizer.model.save_pretrained(tmp_path)
+    loaded = load_image_tokenizer(tmp_path)
+    assert type(loaded.model) is model_class
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert torch.equal(loaded.encode_codes(images), tokenizer.encode_codes(images))
+    assert loaded.describe() == tokenizer.describe()
+    assert load_image_tokenizer(tmp_path, sample_size=32).grid_size == (8, 8)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_checkpoints_with_other_weights_than_the_model(make, tmp_path, spoil_checkpoint, model_class):
+    make(model_class).model.save_pretrained(tmp_path)
+    name = spoil_checkpoint(tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(name)):
+        load_image_tokenizer(tmp_path)
+
+
+def test_other_models(tmp_path):
+    model = UNet2DModel(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    with pytest.raises(ValueError, match="`tokenizer` must be one of .*'VQModel'.* got UNet2DModel"):
+        as_image_tokenizer(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be one of .*'AutoencoderKL'.* got UNet2DModel"):
+        load_image_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_describe_tells_tokenizers_apart(make, model_class):
+    tokenizer = make(model_class)
+    before = tokenizer.describe()
+    assert before["class"] == model_class.__name__
+    assert before["grid_size"] == [4, 4]
+    with torch.no_grad():
+        tokenizer.model.decoder.conv_out.bias[1] += 1e-3
+    after = tokenizer.describe()
+    assert [name for name in before if before[name] != after[name]] == ["weights_sha256"]
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_bad_images(make, model_class):
+    tokenizer = make(model_class)
+    with pytest.raises(ValueError, match="`pixel_values`.*multiple"):
+        tokenizer.encode_codes(torch.zeros(1, 3, 16, 18))
+    with pytest.raises(ValueError, match=r"`pixel_values`.*\(1, 1, 16, 16\)"):
+        tokenizer.encode_codes(torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="`pixel_values` is not finite"):
+        tokenizer.encode_codes(torch.full((1, 3, 16, 16), torch.nan))
+
+
+@pytest.mark.parametrize("model_class, size", [(AutoencoderIFSQ, 60), (VQModel, 20)])
+@pytest.mark.parametrize("wrong", [-1, "size"])
+def test_bad_indices(make, model_class, size, wrong):
+    wrong = size if wrong == "size" else wrong
+    with pytest.raises(ValueError, match=rf"`indices` must be in \[0, {size}\).*{wrong}"):
+        make(model_class).indices_to_codes(torch.full((1, 4, 4), wrong))
+
+
+@pytest.mark.parametrize("model_class", [VQModel, AutoencoderKL])
+def test_sizes_that_do_not_divide(make, model_class):
+    with pytest.raises(ValueError, match="`sample_size`.*multiple of its downsampling factor 4, got .18, 18."):
+        make(model_class, sample_size=18)
