@@ -187,16 +187,20 @@ def measure(args: ComparisonArguments, kind: Kind, seed: int, images: torch.Tens
         usage = CodebookUsage(tokenizer.codebook_size, tokenizer.levels)
     psnr, ssim = [], []
     for batch in images.split(100):
-        reconstructions = tokenizer.decode_codes(tokenizer.encode_codes(batch)).clamp(-1, 1)
+        if tokenizer.levels is not None:
+            latent = tokenizer.model.quant_conv(tokenizer.model.encoder(batch))
+            codes, indices = tokenizer.model.quantizer(latent)
+            # The bound is the same with bins of equal width.
+            usage.update(indices, bounded=2 * torch.sigmoid(tokenizer.model.config.alpha * latent) - 1)
+        elif usage is not None:
+            indices = tokenizer.encode_indices(batch)
+            codes = tokenizer.indices_to_codes(indices)
+            usage.update(indices)
+        else:
+            codes = tokenizer.encode_codes(batch)
+        reconstructions = tokenizer.decode_codes(codes).clamp(-1, 1)
         psnr.append(peak_signal_noise_ratio(reconstructions, batch))
         ssim.append(structural_similarity(reconstructions, batch))
-        if usage is not None:
-            bounded = None
-            if tokenizer.levels is not None:
-                latent = tokenizer.model.quant_conv(tokenizer.model.encoder(batch))
-                # The bound is the same with bins of equal width: 2 * sigmoid(alpha * latent) - 1.
-                bounded = 2 * torch.sigmoid(tokenizer.model.config.alpha * latent) - 1
-            usage.update(tokenizer.encode_indices(batch), bounded)
     result = {"kind": kind.name, "bits": kind.bits, "seed": seed, "levels": tokenizer.levels}
     result |= {"psnr_db": torch.cat(psnr).mean().item(), "ssim": torch.cat(ssim).mean().item()}
     if usage is not None:
@@ -222,16 +226,22 @@ def mean_and_spread(values: np.ndarray, digits: int, sign: str = "") -> str:
 
 
 def table_of_kinds(args: ComparisonArguments, results: list[dict[str, Any]]) -> str:
-    """Means over the seeds, and standard deviations."""
-    rows = ["| tokenizer | PSNR, dB | SSIM | entropy, bits a dimension | of at most | KS distance to uniform |"]
-    rows.append("|---|---|---|---|---|---|")
+    """Means over the seeds, and standard deviations; bits are entropies."""
+    rows = ["| tokenizer | PSNR, dB | SSIM | bits a token | bits a dimension | of at most | KS distance to uniform |"]
+    rows.append("|---|---|---|---|---|---|---|")
     for kind in kinds(args):
         cells = [
             mean_and_spread(values_of(results, kind, name), digits)
-            for name, digits in (("psnr_db", 2), ("ssim", 4), ("entropy_bits", 3), ("ks_distance", 3))
+            for name, digits in (
+                ("psnr_db", 2),
+                ("ssim", 4),
+                ("token_entropy_bits", 2),
+                ("entropy_bits", 3),
+                ("ks_distance", 3),
+            )
         ]
         most = f"{math.log2(2**kind.bits + 1):.3f}" if kind.bits else "–"
-        rows.append(f"| {kind.name} | {' | '.join([*cells[:3], most, cells[3]])} |")
+        rows.append(f"| {kind.name} | {' | '.join([*cells[:4], most, cells[4]])} |")
     return "\n".join(rows)
 
 
@@ -272,7 +282,7 @@ def plot_results(args: ComparisonArguments, results: list[dict[str, Any]]) -> No
                 axis.axhline(values.mean(), color="gray", linestyle=style, label=name_of_baseline)
         axis.set(title=title, xlabel="bits a dimension", xticks=args.bits)
     axes[0].legend(fontsize=8)
-    figure.savefig(args.output_dir / "comparison.png", dpi=110)
+    figure.savefig(args.output_dir / "comparison.png", dpi=80)
     plt.close(figure)
 
 
@@ -283,12 +293,12 @@ def draw_reconstructions(args: ComparisonArguments, images: torch.Tensor) -> Non
     for kind in kinds(args):
         tokenizer = load(args, kind, args.seeds[0])
         rows[kind.name] = tokenizer.decode_codes(tokenizer.encode_codes(images)).clamp(-1, 1)
-    figure, axes = plt.subplots(len(rows), 1, figsize=(10, 0.85 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(len(rows), 1, figsize=(8, 0.85 * len(rows)), layout="constrained")
     for axis, (name, row) in zip(axes, rows.items()):
         axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).add(1).div(2).numpy(), interpolation="nearest")
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_title(name, fontsize=8, loc="left", pad=2)
         axis.set(xticks=[], yticks=[])
-    figure.savefig(args.output_dir / "reconstructions.png", dpi=110)
+    figure.savefig(args.output_dir / "reconstructions.png", dpi=80)
     plt.close(figure)
 
 
