@@ -226,22 +226,25 @@ def mean_and_spread(values: np.ndarray, digits: int, sign: str = "") -> str:
 
 
 def table_of_kinds(args: ComparisonArguments, results: list[dict[str, Any]]) -> str:
-    """Means over the seeds, and standard deviations; bits are entropies."""
-    rows = ["| tokenizer | PSNR, dB | SSIM | bits a token | bits a dimension | of at most | KS distance to uniform |"]
-    rows.append("|---|---|---|---|---|---|---|")
+    """Means over the seeds, and standard deviations: share of the codes that occur, entropies in bits."""
+    rows = [
+        "| tokenizer | PSNR, dB | SSIM | codes used | bits a token | bits a dimension | of at most | KS distance |"
+    ]
+    rows.append("|---|---|---|---|---|---|---|---|")
     for kind in kinds(args):
         cells = [
             mean_and_spread(values_of(results, kind, name), digits)
             for name, digits in (
                 ("psnr_db", 2),
                 ("ssim", 4),
+                ("usage", 3),
                 ("token_entropy_bits", 2),
                 ("entropy_bits", 3),
                 ("ks_distance", 3),
             )
         ]
         most = f"{math.log2(2**kind.bits + 1):.3f}" if kind.bits else "–"
-        rows.append(f"| {kind.name} | {' | '.join([*cells[:4], most, cells[4]])} |")
+        rows.append(f"| {kind.name} | {' | '.join([*cells[:5], most, cells[5]])} |")
     return "\n".join(rows)
 
 

@@ -34,7 +34,7 @@ from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
 from hf_ifsq.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from hf_ifsq.training.arguments import TrainingArguments, argument
-from hf_ifsq.training.data import ImageDataset, load_image_dataset
+from hf_ifsq.training.data import ImageDataset, load_image_dataset, load_splits
 from hf_ifsq.training.lpips import LPIPS
 
 
@@ -165,10 +165,14 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
 def load_images(args: EvaluationArguments, channels: int) -> ImageDataset:
     """The images to measure on."""
     same = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution")
+    split = args.split
+    if split is None:
+        splits = load_splits(TrainingArguments(**{name: getattr(args, name) for name in same}))
+        split = next((name for name in ("validation", "test", "train") if name in splits), None)
     data_args = TrainingArguments(
         **{name: getattr(args, name) for name in same},
-        train_split=args.split,
-        validation_split=args.split,
+        train_split=split,
+        validation_split=split,
         max_train_samples=args.max_samples,
         max_validation_samples=args.max_samples or sys.maxsize,
     )

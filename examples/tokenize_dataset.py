@@ -101,9 +101,11 @@ def main(args: TokenizationArguments) -> None:
     accelerator.wait_for_everyone()
 
     # 4. Tokens. Each process makes its own share of the shards, as far as they are missing.
+    missing = {split: [shard for shard in writer.shards(split) if not shard.path.exists()] for split in splits}
+    # All processes see the same shards missing before any of them writes one.
+    accelerator.wait_for_everyone()
     for split, images in splits.items():
-        shards = writer.shards(split)[accelerator.process_index :: accelerator.num_processes]
-        shards = [shard for shard in shards if not shard.path.exists()]
+        shards = missing[split][accelerator.process_index :: accelerator.num_processes]
         data = ImageDataset(images, args, tokenizer.in_channels, with_labels=label_feature is not None)
         batches = ShardBatches(shards, args.batch_size, num_augmentations[split])
         loader = iter(DataLoader(data, batch_sampler=batches, num_workers=args.dataloader_num_workers))

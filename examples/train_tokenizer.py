@@ -69,6 +69,8 @@ class TokenizerTrainingArguments(TrainingArguments):
         for name in ("perceptual_weight", "discriminator_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if self.bottleneck == "vq" and self.gradient_checkpointing:
+            raise ValueError("`gradient_checkpointing` must be off with the bottleneck `vq`: VQModel has none.")
         if self.discriminator_start_step is not None and self.discriminator_start_step < 0:
             raise ValueError(f"`discriminator_start_step` must be at least 0, got {self.discriminator_start_step}.")
 
@@ -187,11 +189,12 @@ def make_optimizer(
 
 
 def make_adversary(run: TrainingRun, num_steps: int) -> tuple:
-    """Discriminator, optimizer and learning-rate schedule; nothing if there are no steps for it."""
-    if num_steps == 0:
+    """Discriminator, optimizer and learning-rate schedule, if one is asked for."""
+    if run.args.discriminator_start_step is None:
         return ()
     discriminator = adversarial.PatchDiscriminator(run.args.channels, num_layers=run.args.discriminator_layers)
-    return discriminator, *make_optimizer(run, discriminator, num_steps)
+    # A run may end before its first step, for another to go on with it.
+    return discriminator, *make_optimizer(run, discriminator, max(1, num_steps))
 
 
 def generator_loss(
@@ -277,7 +280,7 @@ def measure_std(run: TrainingRun, model: ModelMixin, data: ImageDataset) -> floa
     tokenizer = as_image_tokenizer(model)
     moments = []
     for batch in loader:
-        codes = tokenizer.encode_codes(batch["pixel_values"]).float().flatten(1)
+        codes = tokenizer.encode_codes(batch["pixel_values"], sample_posterior=True).float().flatten(1)
         moments_of_images = torch.stack([codes.mean(dim=1), codes.square().mean(dim=1)], dim=1)
         moments.append(run.accelerator.gather_for_metrics(moments_of_images).cpu())
     mean, mean_of_squares = torch.cat(moments).double().mean(dim=0)

@@ -157,8 +157,8 @@ class ImageTokenizer(nn.Module, ABC):
 
     def describe(self) -> dict[str, Any]:
         """
-        What makes its codes those of this tokenizer and of no other: class, shape of the codes, and a SHA-256 of the
-        weights, which must not be on the meta device.
+        What makes its codes those of this tokenizer and of no other: class, shape of the codes, slope of the
+        quantizer's bound, and a SHA-256 of the weights, which must not be on the meta device.
         """
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
@@ -168,6 +168,7 @@ class ImageTokenizer(nn.Module, ABC):
             "class": type(self.model).__name__,
             "codebook_size": self.codebook_size,
             "levels": self.levels,
+            "alpha": self.model.config.get("alpha"),
             "grid_size": list(self.grid_size),
             "weights_sha256": digest.hexdigest(),
         }
@@ -221,6 +222,8 @@ class _VQTokenizer(ImageTokenizer):
     def __init__(self, model: VQModel):
         super().__init__(model)
         self.codebook_size = model.config.num_vq_embeddings
+        if model.config.lookup_from_codebook:
+            raise ValueError("`tokenizer` is a VQModel with `lookup_from_codebook=True`: load it with `False`.")
 
     @property
     def latent_channels(self) -> int:
@@ -239,12 +242,10 @@ class _VQTokenizer(ImageTokenizer):
                 f"`indices` must be in [0, {self.codebook_size}), the codebook, but they span "
                 f"[{indices.min().item()}, {indices.max().item()}]."
             )
-        # An offloaded model, or one kept on the CPU beside a token dataset, has its codebook elsewhere.
-        embedding = self.model.quantize.embedding
-        return embedding(indices.to(embedding.weight.device)).movedim(-1, 1).to(indices.device)
+        return self._look_up(indices).movedim(-1, 1)
 
     def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
-        return self.indices_to_codes(self._nearest_indices(values).to(values.device)).to(values.dtype)
+        return self.indices_to_codes(self._nearest_indices(values)).to(values.dtype)
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         return self.model.decode(codes.to(self.model.dtype), force_not_quantize=True).sample
@@ -253,10 +254,18 @@ class _VQTokenizer(ImageTokenizer):
         output = self.model(pixel_values)
         return output.sample, output.commit_loss
 
+    def _look_up(self, indices: torch.Tensor) -> torch.Tensor:
+        # A model kept on the CPU beside a token dataset, or offloaded as a whole, has its codebook on another device;
+        # if it is offloaded by parts, the embedding fetches its weight itself.
+        embedding = self.model.quantize.embedding
+        device = indices.device if embedding.weight.is_meta else embedding.weight.device
+        return embedding(indices.to(device)).to(indices.device)
+
     def _nearest_indices(self, values: torch.Tensor) -> torch.Tensor:
-        weight = self.model.quantize.embedding.weight
-        indices = self.model.quantize(values.to(weight.device, weight.dtype))[2][2]
-        return indices.view(values.shape[0], *values.shape[2:])
+        # As VQModel does it, but in float32 whatever its dtype.
+        codebook = self._look_up(torch.arange(self.codebook_size, device=values.device)).float()
+        distances = torch.cdist(values.movedim(1, -1).flatten(0, -2).float(), codebook)
+        return distances.argmin(dim=1).view(values.shape[0], *values.shape[2:])
 
 
 class _KLTokenizer(ImageTokenizer):

@@ -206,7 +206,8 @@ class FiniteScalarQuantizer(nn.Module):
         for level in self.levels:
             digits.append(remainder % level)
             remainder = remainder // level
-        half = self._channelwise(self._levels // 2, indices.ndim + 1)
+        # The indices of a token dataset may be on another device than the quantizer.
+        half = self._channelwise(self._levels // 2, indices.ndim + 1).to(indices.device)
         return ((torch.stack(digits, dim=1) - half) / half).to(dtype)
 
     def _centred_digits_to_indices(self, centred_digits: torch.Tensor) -> torch.Tensor:

@@ -11,15 +11,15 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from torch.utils.data import Sampler
 
-from .arguments import TrainingArguments
+from .arguments import DataArguments
 
 
-def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None]:
+def load_image_dataset(args: DataArguments) -> tuple[Dataset, Dataset | None]:
     """
     Load the images that the arguments name.
 
     Args:
-        args ([`TrainingArguments`]): which dataset, splits and columns.
+        args ([`DataArguments`]): which dataset, splits and columns.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: training and validation images; `None` if there is no validation split.
@@ -27,7 +27,7 @@ def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None
     Raises:
         ValueError: if a split or the image column is missing.
     """
-    splits = _load_splits(args)
+    splits = load_splits(args)
     train_split = args.train_split or ("train" if "train" in splits else None)
     if train_split is None and len(splits) == 1:
         train_split = next(iter(splits))
@@ -43,17 +43,37 @@ def load_image_dataset(args: TrainingArguments) -> tuple[Dataset, Dataset | None
             f"`image_column` {args.image_column!r} must hold images, but it has the type "
             f"{train.features[args.image_column]}."
         )
-    if args.max_train_samples is not None and args.max_train_samples < len(train):
-        train = train.shuffle(seed=args.seed).select(range(args.max_train_samples))
-    validation = None
-    if validation_split is not None:
-        validation = splits[validation_split]
-        if args.max_validation_samples < len(validation):
-            validation = validation.shuffle(seed=args.seed).select(range(args.max_validation_samples))
-    return train, validation
+    train = draw(train, args.max_train_samples, args.seed)
+    if validation_split is None:
+        return train, None
+    return train, draw(splits[validation_split], args.max_validation_samples, args.seed)
 
 
-def _load_splits(args: TrainingArguments) -> DatasetDict:
+def draw(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
+    """
+    Draw rows of a dataset.
+
+    Args:
+        dataset (`datasets.Dataset`): any dataset.
+        limit (`int`, *optional*): how many rows at most; `None` for all.
+        seed (`int`): which ones.
+
+    Returns:
+        `datasets.Dataset`: the dataset itself, or `limit` of its rows in random order.
+    """
+    return dataset if limit is None or limit >= len(dataset) else dataset.shuffle(seed=seed).select(range(limit))
+
+
+def load_splits(args: DataArguments) -> DatasetDict:
+    """
+    Load all splits of the dataset that the arguments name.
+
+    Args:
+        args ([`DataArguments`]): which dataset.
+
+    Returns:
+        `datasets.DatasetDict`: the splits by name.
+    """
     if args.train_data_dir is not None:
         return datasets.load_dataset("imagefolder", data_dir=args.train_data_dir)
     path = Path(args.dataset_name)
@@ -100,9 +120,11 @@ def check_labels(dataset: Dataset, label_column: str, num_classes: int | None = 
     """
     if label_column not in dataset.column_names:
         raise ValueError(f"`label_column` {label_column!r} is none of the columns {dataset.column_names}.")
-    labels = set(dataset[label_column])
-    if any(isinstance(label, bool) or not isinstance(label, int) for label in labels):
-        raise ValueError(f"`label_column` {label_column!r} must hold integers, got {sorted(map(str, labels))[:5]}.")
+    labels = dataset[label_column]
+    wrong = [label for label in labels if isinstance(label, bool) or not isinstance(label, int)]
+    if wrong:
+        raise ValueError(f"`label_column` {label_column!r} must hold integers, got {list(map(str, wrong[:5]))}.")
+    labels = set(labels)
     names = getattr(dataset.features[label_column], "names", None)
     num_classes = num_classes or (max(labels) + 1 if names is None else len(names))
     if min(labels) < 0 or max(labels) >= num_classes:
@@ -122,7 +144,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     Args:
         dataset (`datasets.Dataset`): with a column of images and, optionally, one of integer labels.
-        args ([`TrainingArguments`]): columns, resolution, crop and flip.
+        args ([`DataArguments`]): columns, resolution, crop and flip.
         channels (`int`): 1 for grey images, 3 for RGB.
         with_labels (`bool`): whether to read `class_labels`.
 
@@ -130,7 +152,7 @@ class ImageDataset(torch.utils.data.Dataset):
         ValueError: if `channels` is neither 1 nor 3.
     """
 
-    def __init__(self, dataset: Dataset, args: TrainingArguments, channels: int, with_labels: bool):
+    def __init__(self, dataset: Dataset, args: DataArguments, channels: int, with_labels: bool):
         if channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {channels}.")
         self.dataset = dataset

@@ -76,8 +76,9 @@ def make_model_card(
         `str`: the card, with metadata for the Hub.
     """
     args = run.args
+    (data,) = (getattr(args, name) for name in args.SOURCES if getattr(args, name) is not None)
     facts = {
-        "data": f"`{args.dataset_name or args.train_data_dir}`, {args.resolution} x {args.resolution} pixels",
+        "data": f"`{data}`, {args.resolution} x {args.resolution} pixels",
         "parameters": f"{num_parameters:,}",
         "steps": f"{run.global_step:,}",
         "images a step": f"{run.global_batch_size:,}",

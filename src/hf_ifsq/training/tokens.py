@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 from ..models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from .arguments import GeneratorArguments
-from .data import ImageDataset, check_labels, load_image_dataset, read_class_names
+from .data import ImageDataset, check_labels, draw, load_image_dataset, read_class_names
 from .repa import Teacher
 
 
@@ -264,9 +264,9 @@ class TokenSource:
             self.teacher_hidden_size = info.teacher["hidden_size"]
         self.tokenizer = _load_tokenizer_of(args, info)
         splits = load_token_dataset(args.token_dataset, info)
-        train, validation = _draw(splits["train"], args.max_train_samples, args.seed), splits.get("validation")
+        train, validation = draw(splits["train"], args.max_train_samples, args.seed), splits.get("validation")
         if validation is not None:
-            validation = _draw(validation, args.max_validation_samples, args.seed)
+            validation = draw(validation, args.max_validation_samples, args.seed)
         self._read_labels(train, validation, "label")
         self.train_data = TokenDataset(train, with_teacher_features=args.teacher is not None)
         self.validation_data = None
@@ -374,8 +374,3 @@ def _check_teacher(args: GeneratorArguments, info: TokenDatasetInfo, patch_size:
             f"`teacher` features of `token_dataset` {args.token_dataset!r} stand for single codes, but the "
             f"`patch_size` is {patch_size}: train from images, or without `--teacher`."
         )
-
-
-def _draw(rows: Dataset, limit: int | None, seed: int) -> Dataset:
-    """At most `limit` rows, those that `load_image_dataset` would draw."""
-    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
