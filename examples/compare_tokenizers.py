@@ -301,7 +301,7 @@ def draw_reconstructions(args: ComparisonArguments, images: torch.Tensor) -> Non
         axis.imshow(torch.cat(list(row), dim=2).permute(1, 2, 0).add(1).div(2).numpy(), interpolation="nearest")
         axis.set_title(name, fontsize=8, loc="left", pad=2)
         axis.set(xticks=[], yticks=[])
-    figure.savefig(args.output_dir / "reconstructions.png", dpi=80)
+    figure.savefig(args.output_dir / "reconstructions.jpg", dpi=80)
     plt.close(figure)
 
 

@@ -368,6 +368,37 @@ def test_two_processes_train_as_one(one_and_two_processes):
     assert all("| images a step | 12 |" in card for card in cards)
 
 
+def test_a_discriminator_that_begins_after_the_end_of_a_run(workspace, tmp_path):
+    options = ["--discriminator_start_step", "4", "--checkpointing_steps", "3", "--lr_scheduler", "constant"]
+    workspace.run("train_tokenizer", tmp_path / "run", *options, "--max_train_steps", "3")
+    resume = ["--max_train_steps", "6", "--resume_from_checkpoint", "latest"]
+    workspace.run("train_tokenizer", tmp_path / "run", *options, *resume)
+    workspace.run("train_tokenizer", tmp_path / "straight", *options, "--max_train_steps", "6")
+    logs = [
+        [entry for entry in read_log(tmp_path / name) if "validation_psnr_db" not in entry]
+        for name in ("run", "straight")
+    ]
+    assert logs[0] == logs[1]
+    assert [entry["step"] for entry in logs[0] if "discriminator_loss" in entry] == [5]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--bottleneck vq --gradient_checkpointing", "`gradient_checkpointing` must be off with the bottleneck `vq`"),
+        ("--perceptual_weight -1", "`perceptual_weight` must be at least 0, got -1.0"),
+        ("--discriminator_start_step -1", "`discriminator_start_step` must be at least 0, got -1"),
+    ],
+)
+def test_arguments_of_tokenizers_out_of_range(monkeypatch, options, message):
+    spec = importlib.util.spec_from_file_location("train_tokenizer_arguments", EXAMPLES / "train_tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    with pytest.raises(ValueError, match=message):
+        parse_args(module.TokenizerTrainingArguments, ["--dataset_name", "images", *options.split()])
+
+
 def test_two_processes_train_a_tokenizer_as_one(workspace, tmp_path):
     # Smooth where training is not: a squared error instead of L1, levels so fine that rounding hardly matters, and
     # steps of AdamW that are proportional to small gradients.

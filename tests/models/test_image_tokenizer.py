@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderKL, UNet2DModel, VQModel
 
 from hf_ifsq import AutoencoderIFSQ
@@ -189,3 +190,35 @@ def test_bad_indices(make, model_class, size, wrong):
 def test_sizes_that_do_not_divide(make, model_class):
     with pytest.raises(ValueError, match="`sample_size`.*multiple of its downsampling factor 4, got .18, 18."):
         make(model_class, sample_size=18)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_offloaded_by_parts(make, images, model_class):
+    tokenizer = make(model_class)
+    codes = tokenizer.encode_codes(images)
+    sample, nearest = tokenizer.decode_codes(codes), tokenizer.nearest_codes(codes + 0.01)
+    # Weights are on the meta device but while a part runs.
+    cpu_offload(tokenizer.model, execution_device=torch.device("cpu"))
+    assert next(tokenizer.model.parameters()).is_meta
+    assert torch.equal(tokenizer.encode_codes(images), codes)
+    assert torch.equal(tokenizer.decode_codes(codes), sample)
+    assert torch.equal(tokenizer.nearest_codes(codes + 0.01), nearest)
+
+
+def test_nearest_codes_of_vq_in_half_precision(make):
+    tokenizer = make(VQModel, num_vq_embeddings=2000)
+    tokenizer.model.to(torch.bfloat16)
+    indices = torch.arange(2000).view(2, 50, 20)
+    codes = tokenizer.indices_to_codes(indices)
+    assert codes.dtype == torch.bfloat16
+    # In bfloat16 distances are so coarse that many codes would not find themselves.
+    assert torch.equal(tokenizer.nearest_codes(codes), codes)
+
+
+def test_vq_that_decodes_indices_alone(make_baseline):
+    with pytest.raises(ValueError, match="`lookup_from_codebook=True`"):
+        as_image_tokenizer(make_baseline(VQModel, lookup_from_codebook=True))
+
+
+def test_describe_tells_the_slope_of_the_bound(make):
+    assert make(AutoencoderIFSQ, alpha=2.0).describe()["alpha"] == 2.0
