@@ -83,6 +83,7 @@ def test_size_on_disk(tmp_path, codebook_size, grid_size, count):
     )
     size = sum(path.stat().st_size for path in (tmp_path / "tokens").rglob("*") if path.is_file())
     entropy = count * num_tokens * math.log2(codebook_size) / 8
+    print(f"{num_tokens} tokens of {codebook_size}: {size / count:.0f} bytes an image")  # For the docs.
     assert entropy < size <= 1.1 * entropy
     rows = datasets.load_dataset(folder)["train"]
     assert rows.features["label"] == ClassLabel(names=NAMES)
