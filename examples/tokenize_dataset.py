@@ -27,7 +27,7 @@ from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, pa
 from hf_ifsq.training.data import ImageDataset, check_labels, load_image_dataset, read_class_names
 from hf_ifsq.training.repa import Teacher
 from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
-from hf_ifsq.training.tokens import TokenDatasetInfo, check_codebook
+from hf_ifsq.training.tokens import TokenDatasetInfo
 
 
 IMAGE_SETTINGS = ("dataset_name", "train_data_dir", *ABOUT_IMAGES, "max_train_samples", "num_augmentations", "seed")
@@ -68,7 +68,7 @@ def main(args: TokenizationArguments) -> None:
 
     # 1. Models, in float32: a rounded latent is another token.
     tokenizer = load_image_tokenizer(args.tokenizer, sample_size=args.resolution).to(accelerator.device)
-    check_codebook(tokenizer)
+    tokenizer.require_codebook()
     teacher = None
     if args.teacher is not None:
         teacher = Teacher(args.teacher, tokenizer.grid_size).to(accelerator.device)

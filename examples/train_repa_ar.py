@@ -21,7 +21,7 @@ from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args
 from hf_ifsq.training.model_card import make_model_card
 from hf_ifsq.training.repa import RepresentationAlignment
 from hf_ifsq.training.run import TrainingRun
-from hf_ifsq.training.tokens import TokenSource, check_codebook
+from hf_ifsq.training.tokens import TokenSource
 
 
 @dataclass
@@ -54,7 +54,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
 
     # 2. Model. The pipeline checks that it fits the tokenizer.
     config = IFSQARConfig(
-        vocab_sizes=args.vocab_sizes or [check_codebook(tokenizer)],
+        vocab_sizes=args.vocab_sizes or [tokenizer.require_codebook()],
         num_classes=len(id2label),
         grid_size=tokenizer.grid_size,
         hidden_size=args.hidden_size,

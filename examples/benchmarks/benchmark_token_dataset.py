@@ -29,7 +29,7 @@ from hf_ifsq import AutoencoderIFSQ, IFSQARConfig, IFSQARForImageGeneration, IFS
 from hf_ifsq.training.arguments import GeneratorArguments, argument
 from hf_ifsq.training.data import ResumableSampler
 from hf_ifsq.training.losses import velocity_loss
-from hf_ifsq.training.tokens import TokenSource, check_codebook
+from hf_ifsq.training.tokens import TokenSource
 
 
 TOKENIZE = Path(__file__).parents[1] / "tokenize_dataset.py"
@@ -97,7 +97,7 @@ def make_step(
     tokenizer, num_classes = source.tokenizer, len(source.id2label)
     if generator == "AR":
         config = IFSQARConfig(
-            vocab_sizes=[check_codebook(tokenizer)],
+            vocab_sizes=[tokenizer.require_codebook()],
             num_classes=num_classes,
             grid_size=tokenizer.grid_size,
             hidden_size=args.hidden_size,

@@ -19,7 +19,7 @@ from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import GeneratorArguments
 from hf_ifsq.training.repa import Teacher
 from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
-from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, TokenSource, check_codebook, load_token_dataset
+from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, TokenSource, load_token_dataset
 
 
 NAMES = [f"class {number}" for number in range(10)]
@@ -414,7 +414,7 @@ def test_codes_of_an_autoencoder_kl_are_drawn_if_asked_for(tmp_path, make_source
     drawn = [source.codes(batch, sample_posterior=True) for _ in range(2)]
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], mode)
     with pytest.raises(ValueError, match="AutoencoderKL.*continuous.*no tokens"):
-        check_codebook(source.tokenizer)
+        source.tokenizer.require_codebook()
     with pytest.raises(ValueError, match="AutoencoderKL.*continuous.*no tokens"):
         source.indices(batch)
 

@@ -184,6 +184,20 @@ class ImageTokenizer(nn.Module, ABC):
         if not torch.isfinite(pixel_values).all():
             raise ValueError("`pixel_values` is not finite (NaN or infinity).")
 
+    def require_codebook(self) -> int:
+        """
+        Size of the codebook, for those who need one.
+
+        Returns:
+            `int`: number of different tokens.
+
+        Raises:
+            ValueError: if the codes are continuous.
+        """
+        if self.codebook_size is None:
+            raise self._no_codebook()
+        return self.codebook_size
+
     def _no_codebook(self) -> ValueError:
         return ValueError(
             f"`tokenizer` is an {type(self.model).__name__}, whose codes are continuous: it has no tokens. Use an "

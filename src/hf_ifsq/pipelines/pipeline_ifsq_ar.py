@@ -41,12 +41,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
 
     def _check_match(self) -> None:
         transformer, tokenizer = self.transformer, self._image_tokenizer
-        if tokenizer.codebook_size is None:
-            raise ValueError(
-                f"`tokenizer` is an {type(self.tokenizer).__name__}, whose codes are continuous: an autoregressive "
-                "generator needs one with a codebook."
-            )
-        if transformer.config.codebook_size != tokenizer.codebook_size:
+        if transformer.config.codebook_size != tokenizer.require_codebook():
             raise ValueError(
                 f"`transformer` predicts {transformer.config.codebook_size} tokens (`vocab_sizes` "
                 f"{transformer.config.vocab_sizes}), but `tokenizer` has a codebook of {tokenizer.codebook_size}"

@@ -101,27 +101,6 @@ class TokenDatasetInfo:
         return rows * columns
 
 
-def check_codebook(tokenizer: ImageTokenizer) -> int:
-    """
-    Check that a tokenizer makes tokens.
-
-    Args:
-        tokenizer ([`ImageTokenizer`]): any tokenizer.
-
-    Returns:
-        `int`: the size of its codebook.
-
-    Raises:
-        ValueError: if its codes are continuous.
-    """
-    if tokenizer.codebook_size is None:
-        raise ValueError(
-            f"`tokenizer` is an {type(tokenizer.model).__name__}, whose codes are continuous: it has no tokens. Use "
-            "an AutoencoderIFSQ or a VQModel."
-        )
-    return tokenizer.codebook_size
-
-
 def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict:
     """
     Load the rows of a token dataset, and check that they are what its description says.
