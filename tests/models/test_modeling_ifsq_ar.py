@@ -511,3 +511,18 @@ def test_tokens_outside_the_codebook(make_ar, name, wrong):
     inputs[name][1, 11] = wrong
     with pytest.raises(ValueError, match=rf"`{name}`.*\[0, 12\).*\[4, 3\].*{wrong}"):
         model(class_labels, **inputs)
+
+
+# Published by LlamaGen for 16,384 tokens and 1,000 classes, in millions.
+@pytest.mark.parametrize("size, millions", [("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411), ("3B", 3097)])
+def test_named_sizes_have_the_published_number_of_parameters(size, millions):
+    with torch.device("meta"):
+        model = IFSQARForImageGeneration(IFSQARConfig.from_size(size, vocab_sizes=[16384]))
+    assert round(model.num_parameters() / 1e6) == millions
+
+
+def test_arguments_override_a_named_size():
+    config = IFSQARConfig.from_size("S", num_hidden_layers=2, num_classes=7)
+    assert (config.num_hidden_layers, config.hidden_size, config.num_classes) == (2, 384, 7)
+    with pytest.raises(ValueError, match="`size` must be one of.*got 'M'"):
+        IFSQARConfig.from_size("M")

@@ -333,3 +333,33 @@ def test_class_labels_must_be_integers(make_dit):
     latents, timestep, class_labels = random_inputs()
     with pytest.raises(ValueError, match="`class_labels`.*float32"):
         make_dit()(latents, timestep, class_labels.float())
+
+
+def count_parameters(hidden_size, num_layers, patch_size):
+    """Of the official model with RMSNorm, query and key norm, SwiGLU, 4 channels and 1,000 classes, in a formula."""
+    inner_size, head_dim = int(2 / 3 * 4 * hidden_size), {1152: 72}.get(hidden_size, 64)
+    attention = hidden_size * 4 * hidden_size + 4 * hidden_size + 2 * head_dim
+    feed_forward = hidden_size * 3 * inner_size + 2 * inner_size + hidden_size
+    block = attention + feed_forward + 6 * hidden_size * (hidden_size + 1) + 2 * hidden_size
+    patch = 4 * patch_size**2
+    embeddings = hidden_size * (patch + 1) + hidden_size * (256 + 1) + hidden_size * (hidden_size + 1)
+    final_layer = hidden_size + 2 * hidden_size * (hidden_size + 1) + patch * (hidden_size + 1)
+    return num_layers * block + embeddings + 1001 * hidden_size + final_layer
+
+
+@pytest.mark.parametrize(
+    "size, hidden_size, num_layers, patch_size",
+    [("S/1", 384, 12, 1), ("B/2", 768, 12, 2), ("L/1", 1024, 24, 1), ("XL/2", 1152, 28, 2)],
+)
+def test_named_sizes_have_the_official_number_of_parameters(size, hidden_size, num_layers, patch_size):
+    with torch.device("meta"):
+        model = IFSQDiTTransformer2DModel.from_size(size)
+    assert model.num_parameters() == count_parameters(hidden_size, num_layers, patch_size)
+
+
+def test_arguments_override_a_named_size():
+    with torch.device("meta"):
+        model = IFSQDiTTransformer2DModel.from_size("S/2", num_layers=2)
+    assert (model.config.patch_size, len(model.blocks), model.config.num_attention_heads) == (2, 2, 6)
+    with pytest.raises(ValueError, match="`size` must be one of.*got 'S/4'"):
+        IFSQDiTTransformer2DModel.from_size("S/4")

@@ -1,9 +1,21 @@
 """Configuration of the autoregressive generator."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+
+
+# Layers, width and attention heads of the models of LlamaGen and of iFSQ (S).
+SIZES = {
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (36, 1280, 20),
+    "XXL": (48, 1536, 24),
+    "3B": (24, 3200, 32),
+}
 
 
 @strict
@@ -80,6 +92,32 @@ class IFSQARConfig(PreTrainedConfig):
         if self.id2label is None:
             kwargs["num_labels"] = self.num_classes
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> "IFSQARConfig":
+        """
+        The config of a model of a named size, as in LlamaGen (https://arxiv.org/abs/2406.06525, table 1).
+
+        Args:
+            size (`str`): `"S"`, `"B"`, `"L"`, `"XL"`, `"XXL"` or `"3B"`: about 21, 85, 308, 731, 1,359 and 2,989
+                million parameters in the layers; embeddings and heads come on top.
+            kwargs: further arguments of [`IFSQARConfig`], which override those of the size.
+
+        Returns:
+            [`IFSQARConfig`].
+
+        Raises:
+            ValueError: if there is no such size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
+        num_hidden_layers, hidden_size, num_attention_heads = SIZES[size]
+        sizes = {
+            "num_hidden_layers": num_hidden_layers,
+            "hidden_size": hidden_size,
+            "num_attention_heads": num_attention_heads,
+        }
+        return cls(**{**sizes, **kwargs})
 
     def validate_architecture(self):
         """Raises a `ValueError` if the sizes contradict each other; run on construction."""

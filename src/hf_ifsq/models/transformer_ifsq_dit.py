@@ -1,6 +1,7 @@
 """The diffusion backbone: a diffusion transformer that predicts the velocity of flow matching."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -12,6 +13,10 @@ from torch.nn import functional as F
 
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
+
+
+# Blocks, attention heads and channels of a head of the models of DiT (https://arxiv.org/abs/2212.09748, table 1).
+SIZES = {"S": (12, 6, 64), "B": (12, 12, 64), "L": (24, 16, 64), "XL": (28, 16, 72)}
 
 
 @dataclass
@@ -214,6 +219,34 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, patch_size**2 * in_channels)
         self._init_weights()
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> "IFSQDiTTransformer2DModel":
+        """
+        A model of a named size with random weights.
+
+        Args:
+            size (`str`): `"S"`, `"B"`, `"L"` or `"XL"` of DiT with its `patch_size`, such as `"L/1"` or `"XL/2"`.
+            kwargs: further arguments of the class, which override those of the size.
+
+        Returns:
+            [`IFSQDiTTransformer2DModel`].
+
+        Raises:
+            ValueError: if there is no such size.
+        """
+        names = [f"{name}/{patch_size}" for name in SIZES for patch_size in (1, 2)]
+        if size not in names:
+            raise ValueError(f"`size` must be one of {names}, got {size!r}.")
+        name, patch_size = size.split("/")
+        num_layers, num_attention_heads, attention_head_dim = SIZES[name]
+        sizes = {
+            "patch_size": int(patch_size),
+            "num_layers": num_layers,
+            "num_attention_heads": num_attention_heads,
+            "attention_head_dim": attention_head_dim,
+        }
+        return cls(**{**sizes, **kwargs})
 
     def forward(
         self,
