@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ifsq_ar import IFSQARConfig
-from .generation_ifsq_ar import IFSQARGenerationMixin, static_cache
+from .generation_ifsq_ar import IFSQARGenerationMixin, preallocated_cache
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
 
@@ -30,8 +30,9 @@ class IFSQAROutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             mean cross-entropy in nats, summed over the factors.
         factor_losses (`tuple[torch.Tensor]`, *optional*, returned with `labels`): the terms of that sum.
-        logits (`torch.Tensor` of shape `(batch, sequence, vocab_size)` or `tuple[torch.Tensor]`):
-            scores of the next token before the softmax; a tuple with one tensor a factor if there are several.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocab_size)` or `tuple[torch.Tensor]`, *optional*):
+            scores of the next token before the softmax; a tuple with one tensor a factor if there are several. `None`
+            in training mode with `labels`, where the loss is computed without ever holding all of them.
         past_key_values ([`~transformers.Cache`], *optional*): keys and values seen so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             the embeddings and the output of each layer, `(batch, sequence, hidden_size)`. Position i is the one that
@@ -84,17 +85,15 @@ class IFSQARAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
         past_key_values: Cache | None,
-        kv_length: int | None,
     ) -> torch.Tensor:
-        """`(batch, sequence, hidden_size)` to the same; `kv_length` positions of the cache are attended to."""
+        """`(batch, sequence, hidden_size)` to the same."""
         batch, sequence, _ = hidden_states.shape
         qkv = self.qkv_proj(hidden_states).view(batch, sequence, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        query, key = apply_rotary_2d(query, *position_embeddings), apply_rotary_2d(key, *position_embeddings)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        query, key = apply_rotary_2d(qkv[:2], *position_embeddings)
+        value = qkv[2]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-            # A static cache returns its full length: `kv_length` leaves out what is not written yet.
-            key, value = key[:, :, :kv_length], value[:, :, :kv_length]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attn_output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling)
         return self.o_proj(attn_output.reshape(batch, sequence, -1))
@@ -131,14 +130,38 @@ class IFSQARDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        kv_length: int | None = None,
     ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` to the same."""
         attn_output = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, kv_length
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
         )
         hidden_states = hidden_states + self.dropout(attn_output)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class IFSQARDecoderLayers(nn.ModuleList):
+    """Layers one after another: those over the grid, or those over the factors of a token."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        output_hidden_states: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """`(batch, sequence, hidden_size)` to the same, and if asked for, what goes in and each layer's output."""
+        collected = (hidden_states,) if output_hidden_states else None
+        for layer in self:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+            )
+            if collected is not None:
+                collected += (hidden_states,)
+        return hidden_states, collected
 
 
 class IFSQAROutputHead(nn.Linear):
@@ -156,7 +179,6 @@ class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": IFSQARDecoderLayer}
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, IFSQAROutputHead):
@@ -184,7 +206,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
         self.embed_classes = nn.Embedding(num_rows, config.hidden_size)
         self.embed_tokens = nn.ModuleList([nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
+        self.layers = IFSQARDecoderLayers(
             [IFSQARDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.post_init()
@@ -219,14 +241,14 @@ class IFSQARModel(IFSQARPreTrainedModel):
             indices = indices * size + factor
         return indices
 
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         class_labels: torch.LongTensor | None = None,
         input_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """
         Args:
@@ -245,36 +267,33 @@ class IFSQARModel(IFSQARPreTrainedModel):
         Raises:
             ValueError: if neither `class_labels` nor `input_ids` is given.
         """  # noqa: D205
-        hidden_states = self.dropout(self._embed(class_labels, input_ids))
-        length = hidden_states.shape[1]
-        device = hidden_states.device
+        hidden_states = self.dropout(self.embed(class_labels, input_ids))
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = static_cache(self.config.num_hidden_layers, self.config.num_tokens)
+            past_key_values = preallocated_cache(self.config.num_hidden_layers, self.config.num_tokens)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        position_ids = torch.arange(length, device=device) + seen
-        cos, sin = self.rotary_table(device)
-        if length == 1 and not torch.compiler.is_compiling():
-            # One query sees all that was written before it: no mask, and only that part of the cache is read.
-            causal_mask, kv_length = None, int(seen) + 1
-        else:
-            kv_length = None
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden_states,
-                attention_mask=None,
-                past_key_values=past_key_values,
-            )
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=(cos[position_ids], sin[position_ids]),
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                kv_length=kv_length,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen
+        cos, sin = self.rotary_table(hidden_states.device)
+        causal_mask = create_causal_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=past_key_values
+        )
+        hidden_states, collected = self.layers(
+            hidden_states,
+            (cos[position_ids], sin[position_ids]),
+            causal_mask,
+            past_key_values,
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values, hidden_states=collected
+        )
 
-    def _embed(self, class_labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self, class_labels: torch.LongTensor | None = None, input_ids: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """
+        Embeddings of the class, of tokens or of both, `(batch, positions, hidden_size)`; arguments and errors as in
+        `forward`.
+        """  # noqa: D205
         embeddings = []
         if class_labels is not None:
             if self.training and self.config.class_dropout_prob > 0:
@@ -287,6 +306,29 @@ class IFSQARModel(IFSQARPreTrainedModel):
         if not embeddings:
             raise ValueError("Give `class_labels`, `input_ids` or both: there is nothing to run the model on.")
         return torch.cat(embeddings, dim=1)
+
+
+def linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Mean cross-entropy of a linear head, computed and differentiated some rows at a time: of the scores, which over a
+    codebook of 83,521 would be the largest tensors of a training step by far, only 256 MiB exist at once.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
+        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): the head.
+        targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
+
+    Returns:
+        `torch.Tensor`: nats, a scalar.
+    """
+    device_type = hidden_states.device.type
+    dtype = weight.dtype
+    # Autocast does not reach into this function of PyTorch. Its gradients come before a scaler could lift them out of
+    # the small numbers that float16 cannot hold.
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
+        dtype = torch.bfloat16
+    options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=max(1, 2**26 // len(weight)))
+    return F.linear_cross_entropy(hidden_states.to(dtype), weight.to(dtype), targets, options=options).float()
 
 
 class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
@@ -319,7 +361,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         super().__init__(config)
         self.model = IFSQARModel(config)
         num_factor_layers = config.num_factor_layers if len(config.vocab_sizes) > 1 else 0
-        self.factor_layers = nn.ModuleList([IFSQARDecoderLayer(config, idx) for idx in range(num_factor_layers)])
+        self.factor_layers = IFSQARDecoderLayers(
+            [IFSQARDecoderLayer(config, layer_idx) for layer_idx in range(num_factor_layers)]
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_heads = nn.ModuleList(
             [IFSQAROutputHead(config.hidden_size, size, bias=False) for size in config.vocab_sizes]
@@ -334,7 +378,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         labels: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        output_hidden_states: bool | None = None,
     ) -> IFSQAROutput:
         """
         Predict each token from the class and the tokens before it (teacher forcing).
@@ -359,62 +403,72 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         """
         self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
         outputs = self.model(
-            class_labels, input_ids[:, :-1], past_key_values=past_key_values, use_cache=use_cache, **kwargs
+            class_labels,
+            input_ids[:, :-1],
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         first_predicted = 0 if class_labels is not None else 1
         factors = self.model.split_indices(input_ids[:, first_predicted:])
-        logits = self._logits_of_factors(outputs.last_hidden_state, factors)
-        loss, factor_losses = None, None
+        states = self._states_of_factors(outputs.last_hidden_state, factors)
+        logits, loss, factor_losses = None, None, None
+        if labels is None or not self.training:
+            logits = tuple(head(state) for head, state in zip(self.lm_heads, states, strict=True))
         if labels is not None:
-            factor_losses = self._losses_of_factors(logits, labels[:, first_predicted:])
+            factor_losses = self._losses_of_factors(states, logits, labels[:, first_predicted:])
             loss = sum(factor_losses)
         return IFSQAROutput(
             loss=loss,
             factor_losses=factor_losses,
-            logits=logits[0] if len(logits) == 1 else logits,
+            logits=logits[0] if logits is not None and len(logits) == 1 else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
 
-    def _logits_of_factors(self, hidden_states: torch.Tensor, factors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Logits `(batch, sequence, vocab_size)` of each factor, given the true values of the factors before it."""
+    def compile(self, **kwargs: Any) -> None:
+        """
+        Compile the layers by [`torch.compile`], for training and, with a static cache, for `generate`: one graph for
+        all positions of the sequence. What is around them (embeddings, heads, sampling) stays as it is.
+
+        Args:
+            kwargs: arguments of `torch.compile`; `mode="reduce-overhead"` records CUDA graphs.
+        """
+        self._compiled_layers = {}
+        for layers in (self.model.layers, self.factor_layers):
+            layers.compile(**kwargs)
+
+    def _states_of_factors(self, hidden_states: torch.Tensor, factors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What each head reads, `(batch, sequence, hidden_size)`, given the true values of the factors before it."""
         if len(self.lm_heads) == 1:
-            return (self.lm_heads[0](self.norm(hidden_states)),)
+            return [self.norm(hidden_states)]
         # Each token is a short sequence of its own: the hidden state, then the embeddings of all factors but the last.
         embeddings = [embed(factor) for embed, factor in zip(self.model.embed_tokens, factors[:-1], strict=False)]
         sequence = torch.stack([hidden_states, *embeddings], dim=2).flatten(0, 1)
-        sequence = self._run_factor_layers(sequence, first_position=0)
-        sequence = self.norm(sequence).unflatten(0, hidden_states.shape[:2])
-        return tuple(head(sequence[:, :, position]) for position, head in enumerate(self.lm_heads))
-
-    def _run_factor_layers(
-        self, hidden_states: torch.Tensor, first_position: int, past_key_values: Cache | None = None
-    ) -> torch.Tensor:
+        causal_mask = create_causal_mask(
+            config=self.config, inputs_embeds=sequence, attention_mask=None, past_key_values=None
+        )
         # As in iFSQ's generator, factors take the first rows of the grid's table, the class's row of zeros included.
-        positions = slice(first_position, first_position + hidden_states.shape[1])
-        cos, sin = self.model.rotary_table(hidden_states.device)
-        causal_mask = None
-        if past_key_values is None:
-            causal_mask = create_causal_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
-            )
-        for layer in self.factor_layers:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=(cos[positions], sin[positions]),
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                kv_length=positions.stop,
-            )
-        return hidden_states
+        cos, sin = (part[: len(factors)] for part in self.model.rotary_table(sequence.device))
+        sequence, _ = self.factor_layers(sequence, (cos, sin), causal_mask)
+        return list(self.norm(sequence).unflatten(0, hidden_states.shape[:2]).unbind(dim=2))
 
-    def _losses_of_factors(self, logits: tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _losses_of_factors(
+        self, states: list[torch.Tensor], logits: tuple[torch.Tensor, ...] | None, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ignored = labels == -100
         targets = [
-            factor.masked_fill(ignored, -100) for factor in self.model.split_indices(labels.masked_fill(ignored, 0))
+            factor.masked_fill(ignored, -100).flatten()
+            for factor in self.model.split_indices(labels.masked_fill(ignored, 0))
         ]
+        if logits is None:
+            inputs = zip(states, self.lm_heads, targets, strict=True)
+            return tuple(
+                linear_cross_entropy(state.flatten(0, 1), head.weight, target) for state, head, target in inputs
+            )
         return tuple(
-            F.cross_entropy(scores.flatten(0, 1).float(), target.flatten())
+            F.cross_entropy(scores.flatten(0, 1).float(), target)
             for scores, target in zip(logits, targets, strict=True)
         )
 
