@@ -34,6 +34,7 @@ setup(
     package_data={
         "hf_ifsq": [
             "py.typed",
+            "conversion/imagenet_classes.json",
             "training/lpips_vgg*",
             # Folders that `evaluate` loads, and that can be pushed as Spaces.
             *(f"metrics/*/*.{suffix}" for suffix in ("py", "md", "txt", "html")),
@@ -49,7 +50,7 @@ setup(
         "Pillow",
         "PyYAML",
         "safetensors>=0.8",
-        "torch>=2.6",
+        "torch>=2.13",
         "transformers>=5.23",
     ],
     extras_require=extras,

@@ -2,19 +2,26 @@
 Convert an official checkpoint of iFSQ or LlamaGen.
 
     python examples/convert_checkpoint.py --checkpoint vq_ds16_c2i.pt --output_dir outputs/llamagen-vq-16
+    python examples/convert_checkpoint.py --checkpoint c2i_B_256.pt --grid_size 16 16 \\
+        --tokenizer outputs/llamagen-vq-16 --output_dir outputs/llamagen-b
 
-The output is a folder for `from_pretrained` of the class that its `README.md` names. All arguments: `--help`.
+The output is a folder for `from_pretrained` of the class that its `README.md` names: a tokenizer, a generator, or with
+`--tokenizer` a pipeline of both. All arguments: `--help`.
 """
 
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCardData, create_repo, upload_folder
-from transformers import HfArgumentParser
+from safetensors.torch import save_file
+from transformers import HfArgumentParser, PreTrainedModel
 
-from hf_ifsq.conversion import Conversion, convert_checkpoint
+from hf_ifsq.conversion import Conversion, assemble_pipeline, convert_checkpoint
 from hf_ifsq.training.arguments import argument
+from hf_ifsq.training.repa import RepresentationAlignment
 
 
 MODEL_CARD = """---
@@ -23,12 +30,23 @@ MODEL_CARD = """---
 
 # {title}
 
-The weights of {format_name}{entry} in `{checkpoint}`, converted by hf-ifsq to {class_name}.
+The weights of {format_name}{entry} in `{checkpoint}`, converted by hf-ifsq to {class_name}{tokenizer}.
 
 ```python
-from {library} import {class_name}
+{usage}
+```
+{facts}{alignment}"""
 
-model = {class_name}.from_pretrained("{name}")
+ALIGNMENT = """
+## Representation alignment
+
+The generator was trained with REPA. Its projectors are no part of the model; they are kept for further training:
+
+```python
+from hf_ifsq.training.repa import RepresentationAlignment
+from safetensors.torch import load_file
+
+{usage}
 ```
 """
 
@@ -45,6 +63,15 @@ class ConversionArguments:
     weights: str | None = argument(
         None, "`ema` or `raw`; by default `ema`, or the only weights in a LlamaGen file.", choices=["ema", "raw"]
     )
+    num_attention_heads: int | None = argument(
+        None, "Heads of an autoregressive generator, if its sizes are none of LlamaGen's."
+    )
+    grid_size: list[int] | None = argument(
+        None, "Rows and columns of the tokens of an autoregressive generator, if the file does not tell."
+    )
+    tokenizer: str | None = argument(
+        None, "Converted or trained tokenizer of a generator, a folder or a Hub name: makes the output a pipeline."
+    )
     push_to_hub: bool = argument(False, "Push the result to the Hub.")
     hub_model_id: str | None = argument(None, "Repository on the Hub; by default the name of `output_dir`.")
     hub_private_repo: bool = argument(False, "Make the repository private if it is new.")
@@ -54,35 +81,90 @@ def main(args: ConversionArguments) -> None:
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
     output_dir = Path(args.output_dir)
     sources = [Path(path).resolve().parent for path in (args.checkpoint, args.config) if path is not None]
+    if args.tokenizer is not None:
+        sources.append(Path(args.tokenizer).resolve())
     if output_dir.resolve() in sources:
-        raise ValueError(f"`output_dir` must be another folder than {output_dir}, where official files would be lost.")
-    conversion = convert_checkpoint(args.checkpoint, args.config, args.weights)
+        raise ValueError(f"`output_dir` must be another folder than {output_dir}, where files would be lost.")
+    conversion = convert_checkpoint(
+        args.checkpoint, args.config, args.weights, args.num_attention_heads, args.grid_size
+    )
+    result = conversion.model
+    if args.tokenizer is not None:
+        result = assemble_pipeline(conversion.model, args.tokenizer)
     repo_id = None
     if args.push_to_hub:
         name = args.hub_model_id or output_dir.resolve().name
         repo_id = create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-    conversion.model.save_pretrained(output_dir)
-    (output_dir / "README.md").write_text(make_model_card(args, conversion, repo_id or args.output_dir), "utf-8")
-    logging.getLogger(__name__).info(f"Wrote {type(conversion.model).__name__} to {output_dir}.")
+    result.save_pretrained(output_dir)
+    for file, alignment in name_alignments(conversion).items():
+        save_file(alignment.state_dict(), output_dir / file)
+    card = make_model_card(args, conversion, result, repo_id or args.output_dir)
+    (output_dir / "README.md").write_text(card, "utf-8")
+    logging.getLogger(__name__).info(f"Wrote {type(result).__name__} to {output_dir}.")
     if repo_id is not None:
         message = f"Conversion of {Path(args.checkpoint).name}"
         upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message)
 
 
-def make_model_card(args: ConversionArguments, conversion: Conversion, name: str) -> str:
-    model_class = type(conversion.model)
-    library = model_class.__module__.split(".")[0]
+def name_alignments(conversion: Conversion) -> dict[str, RepresentationAlignment]:
+    """The projectors of REPA by the files that they are saved in, numbered where there are several."""
+    names = ["repa_projectors.safetensors"]
+    if len(conversion.alignments) > 1:
+        names = [f"repa_projectors_{index}.safetensors" for index in range(len(conversion.alignments))]
+    return dict(zip(names, conversion.alignments))
+
+
+def make_model_card(
+    args: ConversionArguments,
+    conversion: Conversion,
+    result: ModelMixin | PreTrainedModel | DiffusionPipeline,
+    name: str,
+) -> str:
+    result_class = type(result)
+    library = result_class.__module__.split(".")[0]
     metadata = ModelCardData(library_name=library.replace("_", "-"), tags=["hf-ifsq"])
+    usage = f"from {library} import {result_class.__name__}\n\n"
+    tokenizer = facts = ""
+    if isinstance(result, DiffusionPipeline):
+        metadata.pipeline_tag = "unconditional-image-generation"
+        # The name of a local folder means nothing elsewhere.
+        tokenizer_name = Path(args.tokenizer).name if Path(args.tokenizer).is_dir() else args.tokenizer
+        tokenizer = f" with the tokenizer `{tokenizer_name}`"
+        config = result.transformer.config
+        options = ", guidance_scale=2.0" if config.class_dropout_prob > 0 else ""
+        label = "golden retriever" if config.num_classes == 1000 else 0
+        usage += f'pipe = {result_class.__name__}.from_pretrained("{name}")\n'
+        usage += f"image = pipe({json.dumps(label)}{options}).images[0]"
+        size = result.tokenizer.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        names = " or by the names in `pipe.labels`" if config.num_classes == 1000 else ""
+        facts = (
+            f"\nImages have {height} x {width} pixels. Classes are given by ids in [0, {config.num_classes}){names}.\n"
+        )
+    else:
+        usage += f'model = {result_class.__name__}.from_pretrained("{name}")'
     return MODEL_CARD.format(
         metadata=metadata.to_yaml(),
         title=Path(name).name,
         format_name=conversion.format_name,
         entry="" if conversion.entry is None else f" under `{conversion.entry}`",
         checkpoint=Path(args.checkpoint).name,
-        class_name=model_class.__name__,
-        library=library,
-        name=name,
+        class_name=result_class.__name__,
+        tokenizer=tokenizer,
+        usage=usage,
+        facts=facts,
+        alignment=describe_alignments(conversion),
     )
+
+
+def describe_alignments(conversion: Conversion) -> str:
+    lines = []
+    for file, alignment in name_alignments(conversion).items():
+        first, last = alignment.projector[0], alignment.projector[-1]
+        sizes = f"{first.in_features}, {last.out_features}, projector_dim={first.out_features}"
+        lines.append(f"alignment = RepresentationAlignment({sizes})")
+        lines.append(f'alignment.load_state_dict(load_file("{file}"))')
+    return ALIGNMENT.format(usage="\n".join(lines)) if lines else ""
 
 
 if __name__ == "__main__":

@@ -14,16 +14,19 @@ import pytest
 import torch
 from diffusers import VQModel
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from hf_ifsq import AutoencoderIFSQ
-from hf_ifsq.conversion import convert_checkpoint
+from hf_ifsq import AutoencoderIFSQ, IFSQARForImageGeneration, IFSQARPipeline, IFSQDiTPipeline
+from hf_ifsq.conversion import assemble_pipeline, convert_checkpoint
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 IFSQ_FILE = FIXTURES / "ifsq_tokenizer" / "checkpoint-5000.ckpt"
 IFSQ_CONFIG = FIXTURES / "ifsq_tokenizer" / "run.json"
 VQ_FILE = FIXTURES / "llamagen_vq" / "vq_tiny.pt"
+LLAMAGEN_FILE = FIXTURES / "llamagen_ar" / "official" / "c2i_tiny.pt"
+REPA_FILE = FIXTURES / "llamagen_ar" / "ifsq_repa" / "0000100.pt"
+DIT_FILE = FIXTURES / "dit" / "0000100.pt"
 SCRIPT = Path(__file__).parents[2] / "examples" / "convert_checkpoint.py"
 
 
@@ -367,22 +370,27 @@ def run_example(card):
     return namespace
 
 
-def test_script_with_push(tmp_path, hub):
-    output_dir = tmp_path / "tokenizer"
-    command = [sys.executable, SCRIPT, "--checkpoint", IFSQ_FILE, "--config", IFSQ_CONFIG, "--weights", "raw"]
-    command += ["--output_dir", output_dir, "--push_to_hub", "--hub_model_id", "someone/mine"]
-    command += ["--hub_private_repo"]
+def run_script_with_push(hub, home, *arguments):
+    """Standard error of the script as its own process, which pushes to `hub`."""
+    command = [sys.executable, SCRIPT, *arguments, "--push_to_hub", "--hub_model_id", "someone/mine"]
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_none"}
-    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout == "" and "under `state_dict.gen_model`" in result.stderr
+    assert result.stdout == "" and hub.commit_path == "/api/models/someone/mine/commit/main"
+    return result.stderr
+
+
+def test_script_with_push(tmp_path, hub):
+    output_dir = tmp_path / "tokenizer"
+    arguments = ["--checkpoint", IFSQ_FILE, "--config", IFSQ_CONFIG, "--weights", "raw", "--output_dir", output_dir]
+    log = run_script_with_push(hub, tmp_path / "home", *arguments, "--hub_private_repo")
+    assert "under `state_dict.gen_model`" in log
     model = AutoencoderIFSQ.from_pretrained(output_dir)
     assert_equal_weights(model, convert_checkpoint(IFSQ_FILE, weights="raw").model)
     pushed = {path.name: path.read_bytes() for path in output_dir.iterdir()}
     assert hub.repo["visibility"] == "private"
     assert hub.files == pushed and set(pushed) == {"README.md", "config.json", "diffusion_pytorch_model.safetensors"}
-    assert hub.commit_path == "/api/models/someone/mine/commit/main"
     assert 'from hf_ifsq import AutoencoderIFSQ\n\nmodel = AutoencoderIFSQ.from_pretrained("someone/mine")' in (
         pushed["README.md"].decode()
     )
@@ -416,3 +424,137 @@ def test_script_keeps_official_files(script, save, tmp_path):
     with pytest.raises(ValueError, match="`output_dir` must be another folder than"):
         script.main(script.ConversionArguments(checkpoint=str(file), output_dir=str(tmp_path)))
     assert (tmp_path / "config.json").read_text() == IFSQ_CONFIG.read_text()
+
+
+# Pipelines of a converted generator and a tokenizer.
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path, make_autoencoder):
+    """Function that saves a tokenizer of given levels for images of 32 x 32 pixels, and 4 x 4 a token."""
+
+    def save(levels, **config):
+        make_autoencoder(levels=levels, sample_size=32, **config).save_pretrained(tmp_path / "tokenizer")
+        return str(tmp_path / "tokenizer")
+
+    return save
+
+
+def test_ar_pipeline_with_push(tmp_path, hub, tokenizer_folder):
+    output_dir = tmp_path / "outputs" / "ar"
+    arguments = ["--checkpoint", REPA_FILE, "--num_attention_heads", 4, "--grid_size", 4, 4]
+    arguments += ["--tokenizer", tokenizer_folder((17, 17)), "--output_dir", output_dir]
+    log = run_script_with_push(hub, tmp_path / "home", *arguments)
+    assert "Changing `sample_size` of the tokenizer from 32 to 16." in log
+    files = {path.relative_to(output_dir).as_posix(): path for path in output_dir.rglob("*") if path.is_file()}
+    assert hub.files == {name: path.read_bytes() for name, path in files.items()}
+    assert {"model_index.json", "transformer/model.safetensors", "repa_projectors.safetensors"} <= files.keys()
+    card = files["README.md"].read_text()
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "hf-ifsq",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["hf-ifsq"],
+    }
+    assert 'pipe = IFSQARPipeline.from_pretrained("someone/mine")\nimage = pipe(0, guidance_scale=2.0)' in card
+    assert "with the tokenizer `tokenizer`" in card and "16 x 16 pixels" in card and "ids in [0, 10)." in card
+
+    pipe = IFSQARPipeline.from_pretrained(output_dir)
+    assert_equal_weights(pipe.tokenizer, AutoencoderIFSQ.from_pretrained(tmp_path / "tokenizer"))
+    expected = load_file(REPA_FILE.parent / "goldens.safetensors")
+    indices = pipe(expected["gen_labels"], guidance_scale=2.0, do_sample=False, output_type="latent").images
+    assert torch.equal(indices.flatten(1), expected["gen_tokens_cfg2"])
+    assert pipe(3).images[0].size == (16, 16)
+
+
+def test_dit_pipeline(script, tmp_path, tokenizer_folder):
+    output_dir = tmp_path / "dit"
+    arguments = {"checkpoint": str(DIT_FILE), "tokenizer": tokenizer_folder((17,) * 4), "output_dir": str(output_dir)}
+    script.main(script.ConversionArguments(**arguments))
+    card = (output_dir / "README.md").read_text()
+    example = run_example(card)
+    assert type(example["pipe"]) is IFSQDiTPipeline and example["image"].size == (16, 16)
+    config = example["pipe"].transformer.config
+    assert config.levels == [17] * 4
+    # What latents were multiplied by is in the official generator's file, not in the tokenizer's.
+    assert config.scaling_factor == example["pipe"].tokenizer.config.scaling_factor == 1.092421
+    # The code in the card that loads the projector.
+    loading = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)[1]
+    namespace = {}
+    exec(loading.replace("repa_projectors.safetensors", str(output_dir / "repa_projectors.safetensors")), namespace)
+    assert_equal_weights(namespace["alignment"], convert_checkpoint(DIT_FILE).alignments[0])
+
+
+def test_scaling_factor_of_a_dit_whose_file_does_not_tell(save, tokenizer_folder):
+    content = load(DIT_FILE)
+    del content["config"]
+    tokenizer = tokenizer_folder((17,) * 4, scaling_factor=1.7)
+    pipe = assemble_pipeline(convert_checkpoint(save(content)).model, tokenizer)
+    assert pipe.tokenizer.config.scaling_factor == pipe.transformer.config.scaling_factor == 1.7
+
+
+def test_pipeline_with_class_names(script, save, tmp_path, tokenizer_folder):
+    content = load(LLAMAGEN_FILE)
+    content["model"]["cls_embedding.embedding_table.weight"] = torch.randn(1001, 64)
+    arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "grid_size": [2, 8]}
+    arguments |= {"tokenizer": tokenizer_folder((17, 17)), "output_dir": str(tmp_path / "ar")}
+    script.main(script.ConversionArguments(**arguments))
+    card = (tmp_path / "ar" / "README.md").read_text()
+    assert 'pipe("golden retriever", guidance_scale=2.0)' in card and "names in `pipe.labels`" in card
+    assert "Representation alignment" not in card and not (tmp_path / "ar" / "repa_projectors.safetensors").exists()
+    example = run_example(card)
+    # Eight rows of four pixels, of a grid of 2 x 8.
+    assert example["image"].size == (32, 8)
+    pipe = example["pipe"]
+    names, ids = (
+        pipe(classes, do_sample=False, output_type="latent").images
+        for classes in (["giant panda", "daisy"], [388, 985])
+    )
+    assert torch.equal(names, ids)
+    with pytest.raises(ValueError, match="'crane', which is none of the 1000 class names"):
+        pipe("crane")
+
+
+def test_llamagen_with_its_tokenizer(script, save, tmp_path):
+    content = load(LLAMAGEN_FILE)
+    for name in ("tok_embeddings.weight", "output.weight"):
+        content["model"][name] = torch.randn(128, 64)
+    tokenizer, output_dir = tmp_path / "vq", tmp_path / "ar"
+    script.main(script.ConversionArguments(checkpoint=str(VQ_FILE), output_dir=str(tokenizer)))
+    arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "grid_size": [4, 4]}
+    script.main(script.ConversionArguments(**arguments, tokenizer=str(tokenizer), output_dir=str(output_dir)))
+    example = run_example((output_dir / "README.md").read_text())
+    assert example["image"].size == (8, 8)
+    assert_equal_weights(example["pipe"].tokenizer, convert_checkpoint(VQ_FILE).model)
+
+
+def test_generator_alone_with_several_projectors(script, save, tmp_path):
+    content = load(REPA_FILE)
+    for name, weight in list(content["ema"].items()):
+        if name.startswith("projectors.0."):
+            content["ema"][name.replace("projectors.0.", "projectors.1.")] = weight + 1
+    output_dir = tmp_path / "ar"
+    arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "output_dir": str(output_dir)}
+    script.main(script.ConversionArguments(**arguments))
+    card = (output_dir / "README.md").read_text()
+    assert type(run_example(card)["model"]) is IFSQARForImageGeneration
+    for index in range(2):
+        file = f"repa_projectors_{index}.safetensors"
+        assert f'load_file("{file}")' in card
+        weights = load_file(output_dir / file)
+        torch.testing.assert_close(
+            weights["projector.4.bias"], content["ema"]["projectors.0.4.bias"] + index, rtol=0, atol=0
+        )
+
+
+def test_tokenizers_that_do_not_fit(script, tmp_path, tokenizer_folder):
+    generator = convert_checkpoint(REPA_FILE, num_attention_heads=4).model
+    with pytest.raises(ValueError, match="predicts 289 tokens .* codebook of 15"):
+        assemble_pipeline(generator, tokenizer_folder((5, 3)))
+    with pytest.raises(ValueError, match="has 4 `in_channels`, but the codes of `tokenizer` have 2"):
+        assemble_pipeline(convert_checkpoint(DIT_FILE).model, tokenizer_folder((17, 17)))
+    tokenizer = tokenizer_folder((17, 17))
+    with pytest.raises(ValueError, match="`tokenizer` must be left out for VQModel, which is no generator"):
+        assemble_pipeline(convert_checkpoint(VQ_FILE).model, tokenizer)
+    arguments = {"checkpoint": str(REPA_FILE), "num_attention_heads": 4, "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="`output_dir` must be another folder than"):
+        script.main(script.ConversionArguments(**arguments, output_dir=tokenizer))

@@ -2,3 +2,4 @@
 
 from .convert import Conversion as Conversion
 from .convert import convert_checkpoint as convert_checkpoint
+from .pipeline import assemble_pipeline as assemble_pipeline

@@ -59,7 +59,7 @@ def convert_autoencoder(
             model.encoder.down_blocks[0].resnets[0] = ResnetBlock2D(
                 in_channels=stem.shape[0], out_channels=first_width, temb_channels=None, groups=groups, eps=1e-6
             )
-    load_exactly(model, weights, official_name, dropped)
+    load_exactly(model, weights, lambda name: [official_name(name)], dropped)
     return _widen(model, config) if narrow else model
 
 

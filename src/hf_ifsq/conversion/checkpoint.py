@@ -24,24 +24,28 @@ class CheckpointFormat:
         name (`str`): what the files hold, for messages and model cards.
         telltales (`tuple[str, ...]`): names of weights that together occur in no other format.
         convert (`Callable`):
-            takes all weights under their official names, and the config or `None`; returns the model.
+            takes all weights under their official names, the config or `None`, and `options` as keyword arguments;
+            returns the model.
         raw_entry (`str`): entry with the weights as trained.
         ema_entry (`str`): entry with their moving average.
         default_weights (`tuple[str, ...]`, *optional*, defaults to `("ema", "raw")`):
             sets of weights to take if none is asked for: the first that the file has.
         dropped_entries (`tuple[str, ...]`, *optional*): entries that the model does not need.
-        config_files (`tuple[str, ...]`, *optional*):
-            names of the config beside the checkpoint; without any, the weights say all.
+        config_files (`tuple[str, ...]`, *optional*): names of the config beside the checkpoint, which must be there.
+        config_entry (`str`, *optional*): entry with the config, which may be missing.
+        options (`tuple[str, ...]`, *optional*): names of further arguments that `convert` takes.
     """
 
     name: str
     telltales: tuple[str, ...]
-    convert: Callable[[Weights, dict[str, Any] | None], nn.Module]
+    convert: Callable[..., nn.Module]
     raw_entry: str = "model"
     ema_entry: str = "ema"
     default_weights: tuple[str, ...] = ("ema", "raw")
     dropped_entries: tuple[str, ...] = ()
     config_files: tuple[str, ...] = ()
+    config_entry: str | None = None
+    options: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -150,6 +154,8 @@ def select_weights(
         return _without_prefixes(entries), None
     names = {"ema": source.ema_entry, "raw": source.raw_entry}
     known = {*names.values(), *source.dropped_entries}
+    if source.config_entry is not None:
+        known.add(source.config_entry)
     unknown = [name for name in entries if name not in known]
     if unknown:
         raise ValueError(f"`checkpoint` {path} has entries {unknown}; those of {source.name} are {sorted(known)}.")
@@ -165,8 +171,28 @@ def select_weights(
     )
 
 
+def size_of(weights: Weights, name: str, axis: int, model_class: type) -> int:
+    """
+    Size of a weight along an axis, from which a size of the model is read.
+
+    Raises:
+        ValueError: if there is no such weight, or if it has no such axis.
+    """
+    if name not in weights or weights[name].ndim <= axis:
+        raise ValueError(
+            f"The weights of `checkpoint` do not fit {model_class.__name__}. 1 missing or misshapen: {[name]}."
+        )
+    return weights[name].shape[axis]
+
+
+def count_indices(weights: Weights, pattern: str) -> int:
+    """Number of different indices, the group of `pattern`, at the start of names: of layers, blocks, factors."""
+    matches = (re.match(pattern, name) for name in weights)
+    return len({match[1] for match in matches if match})
+
+
 def load_exactly(
-    model: nn.Module, weights: Weights, official_name: Callable[[str], str], dropped: Sequence[str] = ()
+    model: nn.Module, weights: Weights, official_names: Callable[[str], list[str]], dropped: Sequence[str] = ()
 ) -> None:
     """
     Fill a model with weights that fit it one to one. They are copied, in float32.
@@ -174,15 +200,21 @@ def load_exactly(
     Args:
         model (`torch.nn.Module`): the model, whose parameters may be without storage.
         weights (`dict[str, torch.Tensor]`): the weights by their official names.
-        official_name (`Callable[[str], str]`): maps the name of a weight of the model to the official one.
+        official_names (`Callable[[str], list[str]]`):
+            maps the name of a weight of the model to the official one, or to those of equal size that it is made of
+            one below the other.
         dropped (`list[str]`, *optional*): patterns of official names that the model has no use for.
 
     Raises:
         ValueError: if weights are missing, unexpected, misshapen or not finite.
     """
     own = model.state_dict()
-    targets = {official_name(name): name for name in own}
-    shapes = {official: tuple(own[name].shape) for official, name in targets.items()}
+    parts = {name: official_names(name) for name in own}
+    shapes = {
+        official: (weight.shape[0] // len(parts[name]), *weight.shape[1:])
+        for name, weight in own.items()
+        for official in parts[name]
+    }
     shared = [name for name in shapes if name in weights]
     extra = [name for name in weights if name not in shapes]
     problems = {
@@ -198,7 +230,10 @@ def load_exactly(
     found = [f"{len(names)} {kind}: {names[:3]}" for kind, names in problems.items() if names]
     if found:
         raise ValueError(f"The weights of `checkpoint` do not fit {type(model).__name__}. {'; '.join(found)}.")
-    state = {name: weights[official].to(torch.float32, copy=True) for official, name in targets.items()}
+    state = {
+        name: torch.cat([weights[official].to(torch.float32) for official in officials])
+        for name, officials in parts.items()
+    }
     model.load_state_dict(state, assign=True)
 
 

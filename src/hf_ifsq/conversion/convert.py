@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +10,16 @@ from typing import Any, Literal
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
+from ..training.repa import RepresentationAlignment
 from .checkpoint import CheckpointFormat, read_checkpoint, recognize_format, select_weights
+from .generators import convert_projectors
+from .ifsq_dit import IFSQ_DIT
 from .ifsq_tokenizer import IFSQ_TOKENIZER
+from .llamagen_ar import LLAMAGEN_AR
 from .llamagen_vq import LLAMAGEN_VQ
 
 
-FORMATS = (IFSQ_TOKENIZER, LLAMAGEN_VQ)
+FORMATS = (IFSQ_TOKENIZER, LLAMAGEN_VQ, LLAMAGEN_AR, IFSQ_DIT)
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +33,22 @@ class Conversion:
         model ([`~diffusers.ModelMixin`] or [`~transformers.PreTrainedModel`]): the model, float32, in evaluation mode.
         format_name (`str`): what the official file holds.
         entry (`str`, *optional*): entry of the file that the weights are from; `None` if it is a bare set of weights.
+        alignments (`list[RepresentationAlignment]`):
+            the projectors of a generator that was trained with representation alignment, one a teacher.
     """
 
     model: ModelMixin | PreTrainedModel
     format_name: str
     entry: str | None
+    alignments: list[RepresentationAlignment]
 
 
 def convert_checkpoint(
-    checkpoint: str | Path, config: str | Path | None = None, weights: Literal["ema", "raw"] | None = None
+    checkpoint: str | Path,
+    config: str | Path | None = None,
+    weights: Literal["ema", "raw"] | None = None,
+    num_attention_heads: int | None = None,
+    grid_size: Sequence[int] | None = None,
 ) -> Conversion:
     """
     Convert an official checkpoint. Its format is told by the names of its weights, which must fit one to one.
@@ -45,11 +57,15 @@ def convert_checkpoint(
         checkpoint (`str` or `pathlib.Path`):
             a file of `torch.save`, of which tensors and plain values are read only, or of safetensors.
         config (`str` or `pathlib.Path`, *optional*):
-            the JSON file that the model was trained with, for formats that have one; by default the one beside
-            `checkpoint`.
+            the JSON file that a tokenizer of iFSQ was trained with; by default the one beside `checkpoint`.
         weights (`str`, *optional*):
             `ema` for the moving average of the weights, `raw` for the weights as trained. By default the moving
             average, or the only weights of a format that may come without one.
+        num_attention_heads (`int`, *optional*):
+            heads of an autoregressive generator; needed if its sizes are none of LlamaGen's.
+        grid_size (`tuple[int, int]`, *optional*):
+            rows and columns of the tokens of an autoregressive generator; needed if the file does not tell them, as
+            LlamaGen's do not.
 
     Returns:
         [`Conversion`].
@@ -57,7 +73,8 @@ def convert_checkpoint(
     Raises:
         FileNotFoundError: if `checkpoint` or `config` is no file.
         ValueError: if `checkpoint` is of no known format or lacks the asked weights, if a weight is missing,
-            unexpected, misshapen or not finite, or if `config` is missing or describes another architecture.
+            unexpected, misshapen or not finite, if `config` is missing or describes another architecture, or if an
+            argument is missing, left over or contradicts the file.
 
     Example:
 
@@ -72,16 +89,31 @@ def convert_checkpoint(
     entries = read_checkpoint(path)
     source = recognize_format(path, entries, FORMATS)
     selected, entry = select_weights(path, entries, source, weights)
-    values = _read_config(path, None if config is None else Path(config), source)
+    options = {"num_attention_heads": num_attention_heads, "grid_size": grid_size}
+    for name, value in options.items():
+        if value is not None and name not in source.options:
+            raise ValueError(f"`{name}` must be left out for {source.name}, which needs none, got {value}.")
+    values = _read_config(path, None if config is None else Path(config), entries, source)
     logger.info(f"Converting {path}, {source.name}, weights {'alone' if entry is None else f'under `{entry}`'}.")
-    return Conversion(model=source.convert(selected, values).eval(), format_name=source.name, entry=entry)
+    model = source.convert(selected, values, **{name: options[name] for name in source.options})
+    return Conversion(
+        model=model.eval(), format_name=source.name, entry=entry, alignments=convert_projectors(selected)
+    )
 
 
-def _read_config(checkpoint: Path, config: Path | None, source: CheckpointFormat) -> dict[str, Any] | None:
+def _read_config(
+    checkpoint: Path, config: Path | None, entries: Mapping[str, Any], source: CheckpointFormat
+) -> dict[str, Any] | None:
     if not source.config_files:
         if config is not None:
-            raise ValueError(f"`config` must be left out for {source.name}, whose weights say all, got {config}.")
-        return None
+            raise ValueError(f"`config` must be left out for {source.name}, which has no such file, got {config}.")
+        values = entries.get(source.config_entry)
+        if not isinstance(values, dict | None):
+            raise ValueError(
+                f"`checkpoint` {checkpoint} must have a dictionary under `{source.config_entry}`, got "
+                f"{type(values).__name__}."
+            )
+        return values
     beside = [checkpoint.parent / name for name in source.config_files]
     paths = [path for path in beside if path.is_file()] if config is None else [config]
     if not paths:

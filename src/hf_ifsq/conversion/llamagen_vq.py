@@ -7,7 +7,7 @@ from diffusers import VQModel
 from torch.nn import functional as F
 
 from .autoencoder_blocks import BLOCK_RENAMES, convert_autoencoder
-from .checkpoint import CheckpointFormat, Weights, rename
+from .checkpoint import CheckpointFormat, Weights, count_indices, rename, size_of
 
 
 # Codes used lately, which the training only logs.
@@ -43,18 +43,18 @@ def convert_llamagen_vq(weights: Weights, config: dict[str, Any] | None = None) 
     Raises:
         ValueError: if the weights do not fit.
     """
-    levels = _count(weights, r"encoder\.conv_blocks\.(\d+)\.")
+    levels = count_indices(weights, r"encoder\.conv_blocks\.(\d+)\.")
     attention = ["Attn" if level == levels - 1 else "" for level in range(levels)]
     model_config = {
         "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attention],
         "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attention)],
         "block_out_channels": [
-            _size(weights, f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0) for level in range(levels)
+            size_of(weights, f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0, VQModel) for level in range(levels)
         ],
-        "layers_per_block": _count(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-        "latent_channels": _size(weights, "post_quant_conv.weight", 0),
-        "num_vq_embeddings": _size(weights, "quantize.embedding.weight", 0),
-        "vq_embed_dim": _size(weights, "quantize.embedding.weight", 1),
+        "layers_per_block": count_indices(weights, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "latent_channels": size_of(weights, "post_quant_conv.weight", 0, VQModel),
+        "num_vq_embeddings": size_of(weights, "quantize.embedding.weight", 0, VQModel),
+        "vq_embed_dim": size_of(weights, "quantize.embedding.weight", 1, VQModel),
         "sample_size": 256,
         "scaling_factor": 1.0,
     }
@@ -66,17 +66,6 @@ def convert_llamagen_vq(weights: Weights, config: dict[str, Any] | None = None) 
     # Indices are told by angle, so the codebook is normalized at each use in LlamaGen.
     weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"].float(), dim=-1)
     return convert_autoencoder(VQModel, model_config, weights, lambda name: rename(name, RENAMES), DROPPED)
-
-
-def _count(weights: Weights, pattern: str) -> int:
-    matches = (re.match(pattern, name) for name in weights)
-    return 1 + max(int(match[1]) for match in matches if match)
-
-
-def _size(weights: Weights, name: str, axis: int) -> int:
-    if name not in weights or weights[name].ndim <= axis:
-        raise ValueError(f"The weights of `checkpoint` do not fit VQModel. 1 missing or misshapen: {[name]}.")
-    return weights[name].shape[axis]
 
 
 LLAMAGEN_VQ = CheckpointFormat(

@@ -1,0 +1,64 @@
+"""A converted generator and a tokenizer into a pipeline."""
+
+import logging
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from ..models.image_tokenizer import load_image_tokenizer
+from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
+from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
+from ..pipelines.pipeline_ifsq_ar import IFSQARPipeline
+from ..pipelines.pipeline_ifsq_dit import IFSQDiTPipeline
+
+
+logger = logging.getLogger(__name__)
+
+
+def assemble_pipeline(
+    generator: IFSQARForImageGeneration | IFSQDiTTransformer2DModel, tokenizer: str
+) -> IFSQARPipeline | IFSQDiTPipeline:
+    """
+    Put a converted generator and the tokenizer that it was trained with into a pipeline.
+
+    The tokenizer is loaded for images of the generator's grid. For diffusion the two must agree on `scaling_factor`,
+    which the official code keeps beside the generator: where the generator's config has one, the pipeline's tokenizer
+    takes it over, since the generator was trained on no other latents; where not, the generator takes over that of
+    the tokenizer. It takes over the tokenizer's `levels` too.
+
+    Args:
+        generator ([`IFSQARForImageGeneration`] or [`IFSQDiTTransformer2DModel`]): the generator, changed in place.
+        tokenizer (`str`): a folder or a name on the Hub, of a converted or a trained tokenizer.
+
+    Returns:
+        [`IFSQARPipeline`], or [`IFSQDiTPipeline`] with Euler's method.
+
+    Raises:
+        ValueError: if `generator` is none, or if `tokenizer` has another codebook or other codes than it.
+
+    Example:
+
+    ```python
+    from hf_ifsq.conversion import assemble_pipeline, convert_checkpoint
+
+    generator = convert_checkpoint("c2i_B_256.pt", grid_size=(16, 16)).model
+    assemble_pipeline(generator, "llamagen-vq-16").save_pretrained("llamagen-b")
+    ```
+    """
+    autoregressive = isinstance(generator, IFSQARForImageGeneration)
+    if not autoregressive and not isinstance(generator, IFSQDiTTransformer2DModel):
+        raise ValueError(f"`tokenizer` must be left out for {type(generator).__name__}, which is no generator.")
+    grid_size = generator.config.grid_size if autoregressive else [generator.config.sample_size] * 2
+    # Twice: how many pixels a cell has is known of a loaded tokenizer, and what is made of its config when it loads.
+    loaded = load_image_tokenizer(tokenizer)
+    rows, columns = (cells * loaded.downsampling_factor for cells in grid_size)
+    changes = {"sample_size": rows if rows == columns else (rows, columns)}
+    if not autoregressive and generator.config.scaling_factor is not None:
+        changes["scaling_factor"] = generator.config.scaling_factor
+    for name, value in changes.items():
+        if loaded.model.config[name] != value:
+            logger.info(f"Changing `{name}` of the tokenizer from {loaded.model.config[name]} to {value}.")
+    loaded = load_image_tokenizer(tokenizer, **changes)
+    if autoregressive:
+        return IFSQARPipeline(generator, loaded.model)
+    generator.register_to_config(levels=loaded.levels, scaling_factor=loaded.scaling_factor)
+    return IFSQDiTPipeline(generator, loaded.model, FlowMatchEulerDiscreteScheduler())
