@@ -80,10 +80,11 @@ def run(make_pipeline):
 
 
 def count_rows(pipeline):
-    """List that fills with the number of rows of each call of the transformer."""
+    """List that fills with the number of rows of each step of the transformer."""
     rows = []
-    backbone = getattr(pipeline.transformer, "model", pipeline.transformer)
-    backbone.register_forward_pre_hook(
+    is_dit = isinstance(pipeline.transformer, IFSQDiTTransformer2DModel)
+    layer = (pipeline.transformer.blocks if is_dit else pipeline.transformer.model.layers)[0]
+    layer.register_forward_pre_hook(
         lambda _, inputs, options: rows.append(len([*inputs, *options.values()][0])), with_kwargs=True
     )
     return rows

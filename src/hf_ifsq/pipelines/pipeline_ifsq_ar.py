@@ -9,6 +9,7 @@ from diffusers import ImagePipelineOutput, VQModel
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
+from ..randomness import image_generators
 from .pipeline_utils import ClassConditionalPipeline
 
 
@@ -55,16 +56,30 @@ class IFSQARPipeline(ClassConditionalPipeline):
                 "the tokenizer with the `sample_size` of the images that the generator was trained on."
             )
 
+    def compile(self, **kwargs: Any) -> None:
+        """
+        Compile the generator's layers by [`torch.compile`]: the first call for a batch size takes its time, later ones
+        are faster, on GPUs most of all.
+
+        Args:
+            kwargs: arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
+                `mode="reduce-overhead"` records CUDA graphs.
+        """
+        self.transformer.compile(**{"fullgraph": True, "dynamic": False, **kwargs})
+
     @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         num_images_per_label: int = 1,
         guidance_scale: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        guidance_schedule: str = "constant",
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | None | Sequence[int | None] = None,
+        top_p: float | None | Sequence[float | None] = None,
         do_sample: bool = True,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -79,10 +94,20 @@ class IFSQARPipeline(ClassConditionalPipeline):
             num_images_per_label (`int`, *optional*, defaults to 1): images of each class, next to each other.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 strength of classifier-free guidance, at least 1.0, which turns it off.
-            temperature (`float`, *optional*, defaults to 1.0): positive divisor of the logits.
-            top_k (`int`, *optional*): keep only this many most likely values of each factor of a token.
-            top_p (`float`, *optional*): keep only the most likely values that together have this probability.
+            guidance_schedule (`str`, *optional*, defaults to `"constant"`):
+                `"constant"`, or guidance grows from none at the first token to `guidance_scale` at the last,
+                `"linear"` or by half a `"cosine"`.
+            guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
+                first and last token with guidance, in [0, 1] from the first token of the image to its last.
+            temperature (`float` or `list[float]`, *optional*, defaults to 1.0):
+                positive divisor of the logits. Of this and the next two, a list has one value for each factor of a
+                token.
+            top_k (`int` or `list[int]`, *optional*): keep only this many most likely values of each factor.
+            top_p (`float` or `list[float]`, *optional*):
+                keep only the most likely values that together have this probability.
             do_sample (`bool`, *optional*, defaults to `True`): whether to sample; otherwise take the most likely.
+            batch_size (`int`, *optional*):
+                images to generate at a time, if memory has no room for all. It does not change what they look like.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 one for all images or one each. An image depends on its own generator and label alone.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -92,7 +117,8 @@ class IFSQARPipeline(ClassConditionalPipeline):
             callback_on_step_end (`Callable`, *optional*):
                 called after each token with the pipeline, the step, the step again (where diffusion pipelines give
                 the timestep), and a dictionary with `"indices"`, the ids `(batch, num_tokens)`, zero where they are
-                still to come. It returns such a dictionary; changed ids are taken over.
+                still to come. It returns such a dictionary; changed ids are taken over. With a `batch_size` the ids
+                are those of the images generated at the time.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
@@ -103,40 +129,51 @@ class IFSQARPipeline(ClassConditionalPipeline):
         # 1. Check and prepare the inputs.
         self._check_common_inputs(output_type)
         labels = self._prepare_labels(class_labels, num_images_per_label)
-        codebook_size = self.transformer.config.codebook_size
+        batches = self._split(len(labels), batch_size)
+        generators = image_generators(generator, len(labels)) if do_sample else None
 
-        # 2. Generate the tokens.
-        with self.progress_bar(total=self.transformer.config.num_tokens) as progress_bar:
+        # 2. Generate the tokens and decode them.
+        images = []
+        num_tokens = self.transformer.config.num_tokens
+        with self.progress_bar(total=num_tokens * len(batches)) as progress_bar:
 
             def on_step_end(num_generated: int, indices: torch.Tensor) -> None:
                 if callback_on_step_end is not None:
-                    step = num_generated - 1
-                    changed = callback_on_step_end(self, step, step, {"indices": indices}).get("indices", indices)
-                    if changed.min() < 0 or changed.max() >= codebook_size:
-                        raise ValueError(
-                            f"`callback_on_step_end` must return `indices` in [0, {codebook_size}), "
-                            f"but they span [{changed.min().item()}, {changed.max().item()}]."
-                        )
-                    indices.copy_(changed)
+                    self._call_back(callback_on_step_end, num_generated - 1, indices)
                 progress_bar.update()
 
-            indices = self.transformer.generate(
-                labels,
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                do_sample=do_sample,
-                generator=generator,
-                callback=on_step_end,
-            ).unflatten(1, tuple(self.transformer.config.grid_size))
+            for batch in batches:
+                indices = self.transformer.generate(
+                    labels[batch],
+                    guidance_scale=guidance_scale,
+                    guidance_schedule=guidance_schedule,
+                    guidance_interval=guidance_interval,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    do_sample=do_sample,
+                    generator=generators[batch] if do_sample else None,
+                    callback=on_step_end,
+                ).unflatten(1, tuple(self.transformer.config.grid_size))
+                images.append(indices if output_type == "latent" else self._image_tokenizer.decode_indices(indices))
 
-        # 3. Decode them.
-        images = indices
+        # 3. Make pictures.
+        images = torch.cat(images)
         if output_type != "latent":
-            images = self._postprocess(self._image_tokenizer.decode_indices(indices), output_type)
+            images = self._postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _call_back(self, callback: Callable[[Any, int, int, dict], dict], step: int, indices: torch.Tensor) -> None:
+        """Show the ids to the user's function and take over what it changes."""
+        codebook_size = self.transformer.config.codebook_size
+        changed = callback(self, step, step, {"indices": indices}).get("indices", indices)
+        if changed.min() < 0 or changed.max() >= codebook_size:
+            raise ValueError(
+                f"`callback_on_step_end` must return `indices` in [0, {codebook_size}), "
+                f"but they span [{changed.min().item()}, {changed.max().item()}]."
+            )
+        indices.copy_(changed)
 
 
 # `DiffusionPipeline.from_pretrained` looks up the class that a pipeline was saved from in diffusers itself.

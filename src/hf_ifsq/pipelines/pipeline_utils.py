@@ -103,6 +103,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ids += [int(label)] * num_images_per_label
         return torch.tensor(ids, device=self._execution_device)
 
+    def _split(self, num_images: int, batch_size: int | None) -> list[slice]:
+        """The images that go through the generator together."""
+        if batch_size is None:
+            batch_size = num_images
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        return [slice(start, start + batch_size) for start in range(0, num_images, batch_size)]
+
     def _check_common_inputs(self, output_type: str) -> None:
         self._check_match()
         for name in ("transformer", "tokenizer"):
