@@ -50,7 +50,7 @@ setup(
         "Pillow",
         "PyYAML",
         "safetensors>=0.8",
-        "torch>=2.13",
+        "torch>=2.6",
         "transformers>=5.23",
     ],
     extras_require=extras,

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARPipeline
+from hf_ifsq.metrics.alignment import cknna
+from hf_ifsq.models.configuration_ifsq_ar import SIZES
 from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args
 from hf_ifsq.training.model_card import make_model_card
 from hf_ifsq.training.repa import RepresentationAlignment
@@ -32,10 +34,11 @@ class ARTrainingArguments(GeneratorArguments):
     vocab_sizes: list[int] | None = argument(
         None, "Sizes of the factors of a token; by default one head over the codebook."
     )
-    hidden_size: int = argument(768, "Width of the model.")
-    num_hidden_layers: int = argument(12, "Layers over the grid.")
+    size: str = argument("B", "Size of the model, one of LlamaGen's.", choices=list(SIZES))
+    hidden_size: int | None = argument(None, "Width of the model, in place of that of its size.")
+    num_hidden_layers: int | None = argument(None, "Layers over the grid, in place of those of its size.")
+    num_attention_heads: int | None = argument(None, "Attention heads, in place of those of its size.")
     num_factor_layers: int = argument(2, "Layers over the factors of a token.")
-    num_attention_heads: int = argument(12, "Attention heads.")
     dropout: float = argument(0.1, "Dropout of embeddings and residual branches.")
     repa_weight: float = argument(2.0, "Weight of the alignment loss.")
 
@@ -53,14 +56,14 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         validation_loader = run.evaluation_dataloader(source.validation_data)
 
     # 2. Model. The pipeline checks that it fits the tokenizer.
-    config = IFSQARConfig(
+    dimensions = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    config = IFSQARConfig.from_size(
+        args.size,
+        **{name: getattr(args, name) for name in dimensions if getattr(args, name) is not None},
         vocab_sizes=args.vocab_sizes or [tokenizer.require_codebook()],
         num_classes=len(id2label),
         grid_size=tokenizer.grid_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
         num_factor_layers=args.num_factor_layers,
-        num_attention_heads=args.num_attention_heads,
         dropout=args.dropout,
         class_dropout_prob=args.class_dropout_prob,
         id2label=id2label,
@@ -71,8 +74,8 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         model.gradient_checkpointing_enable()
     alignments = []
     if args.teacher is not None:
-        repa_depth = args.alignment_depth(args.num_hidden_layers)
-        alignments.append(RepresentationAlignment(args.hidden_size, source.teacher_hidden_size, args.projector_dim))
+        repa_depth, _ = args.alignment_depths(config.num_hidden_layers)
+        alignments.append(RepresentationAlignment(config.hidden_size, source.teacher_hidden_size, args.projector_dim))
 
     # 3. Optimizer.
     parameters = [parameter for module in (model, *alignments) for parameter in module.parameters()]
@@ -102,20 +105,25 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
             output = model(batch["class_labels"], indices, labels=indices, output_hidden_states=bool(alignments))
             loss = output.loss
             run.record(cross_entropy=output.loss)
+            if len(output.factor_losses) > 1:
+                run.record(**{f"cross_entropy_{factor}": part for factor, part in enumerate(output.factor_losses)})
             for alignment in alignments:
                 alignment_loss = alignment(output.hidden_states[repa_depth], source.teacher_features(batch))
                 loss = loss + args.repa_weight * alignment_loss
                 run.record(alignment_loss=alignment_loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                gradient_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             learning_rate = lr_scheduler.get_last_lr()[0]
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         run.record(loss=loss)
         if accelerator.sync_gradients:
-            run.end_step(learning_rate)
+            # Gradients in float16 overflow now and then: such a step is skipped.
+            if not accelerator.optimizer_step_was_skipped:
+                run.record(gradient_norm=gradient_norm)
+            run.end_step(learning_rate, tokens_per_image=config.num_tokens)
             if run.validation_due:
                 metrics = validate(run, pipeline, source, validation_loader)
 
@@ -125,11 +133,17 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
     with run.averaged():
         if accelerator.is_main_process:
             pipeline.save_pretrained(args.output_dir)
+    description = f"Generates images of {len(id2label)} classes, token by token."
+    if args.teacher is not None:
+        description += (
+            f" In training, its layer {repa_depth} was aligned with `{args.teacher}` by REPA "
+            f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
+        )
     run.finish(
         make_model_card(
             run,
             title=f"Autoregressive image generator on tokens of {type(tokenizer.model).__name__}",
-            description=f"Generates images of {len(id2label)} classes, token by token.",
+            description=description,
             usage="from hf_ifsq import IFSQARPipeline\n\n"
             f'pipe = IFSQARPipeline.from_pretrained("{run.model_name}")\n'
             f"image = pipe({id2label[0]!r}).images[0]",
@@ -155,17 +169,26 @@ def cross_entropy_of_images(
 def validate(
     run: TrainingRun, pipeline: IFSQARPipeline, source: TokenSource, loader: DataLoader | None
 ) -> dict[str, float]:
-    """Mean cross-entropy in nats a token over the validation images, and a picture with one row of samples a class."""
+    """
+    Mean cross-entropy in nats a token over the validation images, with a teacher the alignment of a layer's hidden
+    states with its features (CKNNA of means over the tokens), and a picture with one row of samples a class.
+    """
     metrics = {}
     with run.averaged() as model:
         if loader is not None:
-            losses = []
+            losses, features = [], []
             for batch in loader:
                 indices = source.indices(batch)
-                logits = model(batch["class_labels"], indices).logits
-                loss = cross_entropy_of_images(model, logits, indices)
+                output = model(batch["class_labels"], indices, output_hidden_states=source.measures_cknna)
+                loss = cross_entropy_of_images(model, output.logits, indices)
                 losses.append(run.accelerator.gather_for_metrics(loss))
+                if source.measures_cknna:
+                    _, depth = run.args.alignment_depths(model.config.num_hidden_layers)
+                    pair = (output.hidden_states[depth], source.teacher_features(batch))
+                    features.append(run.accelerator.gather_for_metrics(tuple(part.mean(dim=1) for part in pair)))
             metrics["validation_cross_entropy"] = torch.cat(losses).mean().item()
+            if source.measures_cknna:
+                metrics["validation_cknna"] = cknna(*map(torch.cat, zip(*features)))
             run.log(metrics)
         if run.accelerator.is_main_process:
             pipeline.set_progress_bar_config(disable=True)

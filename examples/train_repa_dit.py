@@ -17,6 +17,8 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from hf_ifsq import IFSQDiTPipeline, IFSQDiTTransformer2DModel
+from hf_ifsq.metrics.alignment import cknna
+from hf_ifsq.models.transformer_ifsq_dit import SIZES
 from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args
 from hf_ifsq.training.losses import velocity_loss
 from hf_ifsq.training.model_card import make_model_card
@@ -30,10 +32,15 @@ class DiTTrainingArguments(GeneratorArguments):
     """Arguments of this script beside those that both generator scripts share."""
 
     output_dir: str = argument("outputs/dit", "Folder of the result.")
-    patch_size: int = argument(1, "Side of the square of codes that makes a token, 1 or 2.")
-    num_layers: int = argument(12, "Blocks of the model.")
-    num_attention_heads: int = argument(12, "Attention heads.")
-    attention_head_dim: int = argument(64, "Channels of a head.")
+    size: str = argument(
+        "B/1",
+        "Size of the model, one of DiT's, and side of the square of codes that makes a token.",
+        choices=[f"{name}/{patch_size}" for name in SIZES for patch_size in (1, 2)],
+    )
+    patch_size: int | None = argument(None, "Side of that square, in place of that of its size.", choices=[1, 2])
+    num_layers: int | None = argument(None, "Blocks of the model, in place of those of its size.")
+    num_attention_heads: int | None = argument(None, "Attention heads, in place of those of its size.")
+    attention_head_dim: int | None = argument(None, "Channels of a head, in place of those of its size.")
     repa_weight: float = argument(0.5, "Weight of the alignment loss.")
     num_inference_steps: int = argument(50, "Euler steps of the validation pictures.")
 
@@ -43,7 +50,8 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     accelerator = run.accelerator
 
     # 1. Data: images or their tokens, class names, tokenizer and teacher.
-    source = TokenSource(args, accelerator.device, args.patch_size)
+    patch_size = int(args.size.split("/")[1]) if args.patch_size is None else args.patch_size
+    source = TokenSource(args, accelerator.device, patch_size)
     tokenizer, id2label = source.tokenizer, source.id2label
     train_loader = run.dataloader(source.train_data)
     validation_loader = None
@@ -51,13 +59,13 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         validation_loader = run.evaluation_dataloader(source.validation_data)
 
     # 2. Model. The pipeline checks that it fits the tokenizer.
-    model = IFSQDiTTransformer2DModel(
+    dimensions = ("num_layers", "num_attention_heads", "attention_head_dim")
+    model = IFSQDiTTransformer2DModel.from_size(
+        args.size,
+        **{name: getattr(args, name) for name in dimensions if getattr(args, name) is not None},
         sample_size=tokenizer.grid_size,
-        patch_size=args.patch_size,
+        patch_size=patch_size,
         in_channels=tokenizer.latent_channels,
-        num_layers=args.num_layers,
-        num_attention_heads=args.num_attention_heads,
-        attention_head_dim=args.attention_head_dim,
         num_classes=len(id2label),
         class_dropout_prob=args.class_dropout_prob,
         id2label=id2label,
@@ -69,8 +77,8 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         model.enable_gradient_checkpointing()
     alignments = []
     if args.teacher is not None:
-        repa_depth = args.alignment_depth(args.num_layers)
-        hidden_size = args.num_attention_heads * args.attention_head_dim
+        repa_depth, _ = args.alignment_depths(model.config.num_layers)
+        hidden_size = model.config.num_attention_heads * model.config.attention_head_dim
         alignments.append(RepresentationAlignment(hidden_size, source.teacher_hidden_size, args.projector_dim))
 
     # 3. Optimizer.
@@ -112,13 +120,16 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
                 run.record(alignment_loss=alignment_loss)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                gradient_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             learning_rate = lr_scheduler.get_last_lr()[0]
             optimizer.step()
             lr_scheduler.step()
             optimizer.zero_grad()
         run.record(loss=loss)
         if accelerator.sync_gradients:
+            # Gradients in float16 overflow now and then: such a step is skipped.
+            if not accelerator.optimizer_step_was_skipped:
+                run.record(gradient_norm=gradient_norm)
             run.end_step(learning_rate)
             if run.validation_due:
                 metrics = validate(run, pipeline, source, validation_loader)
@@ -129,11 +140,17 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     with run.averaged():
         if accelerator.is_main_process:
             pipeline.save_pretrained(args.output_dir)
+    description = f"Generates images of {len(id2label)} classes by flow matching."
+    if args.teacher is not None:
+        description += (
+            f" In training, its block {repa_depth} was aligned with `{args.teacher}` by REPA "
+            f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
+        )
     run.finish(
         make_model_card(
             run,
             title=f"Diffusion image generator on codes of {type(tokenizer.model).__name__}",
-            description=f"Generates images of {len(id2label)} classes by flow matching.",
+            description=description,
             usage="from hf_ifsq import IFSQDiTPipeline\n\n"
             f'pipe = IFSQDiTPipeline.from_pretrained("{run.model_name}")\n'
             f"image = pipe({id2label[0]!r}).images[0]",
@@ -163,18 +180,28 @@ def validation_noise_and_times(
 def validate(
     run: TrainingRun, pipeline: IFSQDiTPipeline, source: TokenSource, loader: DataLoader | None
 ) -> dict[str, float]:
-    """Mean loss over the validation images, on the same noise and times each time, and a picture of samples."""
+    """
+    Mean loss over the validation images, on the same noise and times each time, with a teacher the alignment of a
+    block's hidden states with its features (CKNNA of means over the patches), and a picture of samples.
+    """
     metrics = {}
     with run.averaged() as model:
         if loader is not None:
-            losses = []
+            losses, features = [], []
             for step, batch in enumerate(loader):
                 latents = source.tokenizer.codes_to_latents(source.codes(batch))
                 noise, t = validation_noise_and_times(run, step, latents)
                 noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
-                velocity = model(noisy_latents, t, batch["class_labels"]).sample
-                losses.append(run.accelerator.gather_for_metrics(sum(velocity_loss(velocity, latents - noise))))
+                output = model(noisy_latents, t, batch["class_labels"], output_hidden_states=source.measures_cknna)
+                loss = sum(velocity_loss(output.sample, latents - noise))
+                losses.append(run.accelerator.gather_for_metrics(loss))
+                if source.measures_cknna:
+                    _, depth = run.args.alignment_depths(model.config.num_layers)
+                    pair = (output.hidden_states[depth], source.teacher_features(batch))
+                    features.append(run.accelerator.gather_for_metrics(tuple(part.mean(dim=1) for part in pair)))
             metrics["validation_loss"] = torch.cat(losses).mean().item()
+            if source.measures_cknna:
+                metrics["validation_cknna"] = cknna(*map(torch.cat, zip(*features)))
             run.log(metrics)
         if run.accelerator.is_main_process:
             pipeline.set_progress_bar_config(disable=True)

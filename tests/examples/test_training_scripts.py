@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import ViTConfig, ViTModel
 
 from hf_ifsq import AutoencoderIFSQ, IFSQARPipeline, IFSQDiTPipeline
+from hf_ifsq.metrics.alignment import cknna
+from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import parse_args
+from hf_ifsq.training.tokenization import TokenDatasetWriter
+from hf_ifsq.training.tokens import TokenDatasetInfo
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -39,7 +44,7 @@ OPTIONS = {
     "--perceptual_weight 0 --discriminator_start_step 3 --discriminator_layers 2",
     "train_repa_ar": f"{REPA} --vocab_sizes 3 5 --hidden_size 16 --num_hidden_layers 2 --num_factor_layers 1 "
     "--dropout 0.2",
-    "train_repa_dit": f"{REPA} --attention_head_dim 8 --num_layers 2 --num_inference_steps 2",
+    "train_repa_dit": f"{REPA} --attention_head_dim 8 --num_layers 2 --num_inference_steps 2 --cknna_depth 2",
 }
 
 # First on the module path of every script: any attempt to reach the network ends it.
@@ -63,6 +68,18 @@ def end_step_and_die(self, *args, **kwargs):
     if self.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
 TrainingRun.end_step = end_step_and_die
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# Runs a script with noise and times that depend on the image alone, for any number of processes.
+FIXED_NOISE = """
+import runpy, sys
+import torch
+drawn = torch.randn
+torch.randn_like = lambda latents: torch.sin(100 * latents + torch.arange(latents[0].numel()).view(latents[0].shape))
+torch.randn = lambda *size, **options: drawn(*size, **options) if "generator" in options else torch.full(size, 0.3)
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -92,7 +109,7 @@ class Workspace:
         self.failed = set()
         self.data = root / "data"
         write_parquet(self.data / "train.parquet", 40, seed=0)
-        write_parquet(self.data / "test.parquet", 5, seed=1)
+        write_parquet(self.data / "test.parquet", 14, seed=1)
         self.teacher = root / "teacher"
         sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
         torch.manual_seed(0)
@@ -152,7 +169,9 @@ def workspace(tmp_path_factory):
 
 
 def read_log(folder):
-    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    """Entries of the log without the throughput, in which no two runs agree."""
+    entries = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if "_per_second" not in name} for entry in entries]
 
 
 def validation_batch(workspace):
@@ -187,6 +206,24 @@ def test_log(workspace, script):
     cosine = [(1 + np.cos(np.pi * (step - 4) / (num_steps - 4))) / 2 for step in range(4, num_steps)]
     expected = [1e-3 * factor for factor in (0, 0.25, 0.5, 0.75, *cosine)]
     assert [entry["learning_rate"] for entry in entries] == pytest.approx(expected, abs=1e-9)
+    unit = "tokens" if script == "train_repa_ar" else "images"
+    for line in (folder / "training_log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        assert entry.get(f"{unit}_per_second", 0) > 0 or any("validation" in name for name in entry)
+        assert not any(f"{other}_per_second" in entry for other in ("images", "tokens") if other != unit)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_log_of_generators(workspace, script):
+    entries = read_log(workspace.trained(script))
+    training = [entry for entry in entries if "loss" in entry]
+    assert all(np.isfinite(entry["gradient_norm"]) and entry["gradient_norm"] > 0 for entry in training)
+    for entry in training if script == "train_repa_ar" else ():
+        assert entry["cross_entropy_0"] + entry["cross_entropy_1"] == pytest.approx(entry["cross_entropy"], abs=1e-5)
+    # The first step changes nothing and starts from uniform predictions.
+    if script == "train_repa_ar":
+        first = [training[0][f"cross_entropy_{factor}"] for factor in (0, 1)]
+        assert first == pytest.approx([math.log(3), math.log(5)], abs=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -207,6 +244,9 @@ def test_model_card(workspace, script):
         f"| {metric} | {value:.4f} |",
     ):
         assert row in card
+    part = {"train_repa_ar": "layer 1", "train_repa_dit": "block 1"}.get(script)
+    assert (f"its {part} was aligned with `{workspace.teacher}`" in card) == (part is not None)
+    assert ("| validation_cknna | " in card) == (part is not None)
     command = card.split("```bash\n")[1].split("\n```")[0]
     assert command.startswith("accelerate launch ") and f"{script}.py" in command and "--max_train_steps 12" in command
     assert "library_name: hf-ifsq" in card.split("---")[1]
@@ -224,9 +264,17 @@ def test_files_of_the_result(workspace, script):
     assert not list(folder.glob("partial-*"))
     results = [path for path in folder.rglob("*.safetensors") if "checkpoint-" not in str(path)]
     assert len(results) == (1 if script == "train_tokenizer" else 2)
-    for path in results:
-        names = " ".join(load_file(path))
-        assert "project" not in names and "teacher" not in names and "patch_embeddings" not in names
+
+
+@pytest.mark.parametrize("script, pipeline_class", [(SCRIPTS[1], IFSQARPipeline), (SCRIPTS[2], IFSQDiTPipeline)])
+def test_results_hold_a_generator_and_nothing_of_the_alignment(workspace, script, pipeline_class):
+    folder = workspace.trained(script)
+    model = pipeline_class.from_pretrained(folder).transformer
+    blank = type(model)(model.config) if script == "train_repa_ar" else type(model).from_config(model.config)
+    expected = {name: weight.shape for name, weight in blank.state_dict().items()}
+    for place in ("transformer", "checkpoint-5/model", "checkpoint-10/model"):
+        (file,) = (folder / place).glob("*.safetensors")
+        assert {name: weight.shape for name, weight in load_file(file).items()} == expected
 
 
 def test_tokenizer_loads_and_its_numbers_are_true(workspace):
@@ -307,6 +355,49 @@ def test_validation_cross_entropy_is_true(workspace):
     assert read_log(folder)[-1]["validation_cross_entropy"] == pytest.approx(loss.item(), abs=1e-4)
 
 
+def cknna_of_means(workspace, hidden_states, pixel_values):
+    """Of hidden states of validation images and the patches of a plain ViT at twice the patches' 14 pixels."""
+    images = torch.nn.functional.interpolate(pixel_values / 2 + 0.5, size=(28, 28), mode="bicubic", antialias=True)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    with torch.no_grad():
+        patches = ViTModel.from_pretrained(workspace.teacher)((images.clamp(0, 1) - mean) / std).last_hidden_state
+    assert patches.shape[1] == 17 and hidden_states.shape[1] == 16
+    return cknna(hidden_states.mean(dim=1), patches[:, 1:].mean(dim=1), k=10)
+
+
+def test_validation_cknna_of_the_ar_model_is_true(workspace):
+    folder = workspace.trained("train_repa_ar")
+    pipeline = IFSQARPipeline.from_pretrained(folder)
+    pixel_values, labels = validation_batch(workspace)
+    with torch.no_grad():
+        indices = pipeline.tokenizer.encode(pixel_values).indices.flatten(1)
+        layers = pipeline.transformer(labels, indices, output_hidden_states=True).hidden_states
+    expected = cknna_of_means(workspace, layers[1], pixel_values)
+    assert read_log(folder)[-1]["validation_cknna"] == pytest.approx(expected, abs=1e-4)
+    assert cknna_of_means(workspace, layers[2], pixel_values) != pytest.approx(expected, abs=1e-3)
+
+
+def test_validation_of_the_dit_is_true(workspace):
+    """On noise and a time drawn by a generator of each image; the second block is compared with the teacher."""
+    folder = workspace.trained("train_repa_dit")
+    pipeline = IFSQDiTPipeline.from_pretrained(folder)
+    pixel_values, labels = validation_batch(workspace)
+    generators = [torch.Generator().manual_seed(number) for number in range(14)]
+    noise = torch.stack([torch.randn(2, 4, 4, generator=generator) for generator in generators])
+    t = torch.stack([torch.randn((), generator=generator) for generator in generators]).sigmoid()
+    with torch.no_grad():
+        latents = pipeline.tokenizer.encode(pixel_values).codes * pipeline.tokenizer.config.scaling_factor
+        path = t[:, None, None, None] * latents + (1 - t[:, None, None, None]) * noise
+        output = pipeline.transformer(path, t, labels, output_hidden_states=True)
+    target = latents - noise
+    cosine = (output.sample * target).sum(1) / output.sample.norm(dim=1) / target.norm(dim=1)
+    loss = (output.sample - target).square().mean() + 1 - cosine.mean()
+    entry = read_log(folder)[-1]
+    assert entry["validation_loss"] == pytest.approx(loss.item(), abs=1e-4)
+    expected = cknna_of_means(workspace, output.hidden_states[2], pixel_values)
+    assert entry["validation_cknna"] == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_alignment_with_a_teacher(workspace, script):
     entries = [entry for entry in read_log(workspace.trained(script)) if "loss" in entry]
@@ -326,7 +417,7 @@ def test_alignment_with_a_teacher(workspace, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_equals_uninterrupted(workspace, script):
     straight, resumed = workspace.trained(script), workspace.interrupted(script)
-    assert (resumed / "training_log.jsonl").read_text() == (straight / "training_log.jsonl").read_text()
+    assert read_log(resumed) == read_log(straight)
     files = [path.relative_to(straight) for path in straight.rglob("*.safetensors") if "checkpoint-5" not in str(path)]
     assert len(files) >= 4  # the result, and the model, average and averaged model of checkpoint 10
     for file in files:
@@ -337,31 +428,35 @@ def test_killed_and_resumed_equals_uninterrupted(workspace, script):
     assert not all(torch.equal(*pair) for pair in zip(raw.values(), averaged.values()))
 
 
-@pytest.fixture(scope="session")
-def one_and_two_processes(workspace):
+@pytest.fixture(scope="session", params=SCRIPTS[1:])
+def one_and_two_processes(request, workspace):
     """Output folders of a run with six images a pass, and of one with three images in each of two processes."""
-    same = ["--dropout", "0", "--class_dropout_prob", "0", "--max_train_steps", "5", "--checkpointing_steps", "3"]
-    same += ["--validation_steps", "3"]
+    same = ["--class_dropout_prob", "0", "--max_train_steps", "5", "--checkpointing_steps", "3"]
+    same += ["--validation_steps", "3"] + (["--dropout", "0"] if request.param == "train_repa_ar" else [])
+    wrapper = workspace.root / "fixed_noise.py"
+    wrapper.write_text(FIXED_NOISE)
     # `accelerate launch --cpu` starts one process whatever `--num_processes` says.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(wrapper)]
 
     def two(output):
         environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": ""}
         arguments = [*same, "--train_batch_size", "3"]
-        workspace.run("train_repa_ar", output, *arguments, launcher=launcher, environment=environment)
+        workspace.run(request.param, output, *arguments, launcher=launcher, environment=environment)
 
     def one(output):
-        workspace.run("train_repa_ar", output, *same, "--train_batch_size", "6")
+        workspace.run(request.param, output, *same, "--train_batch_size", "6", launcher=[str(wrapper)])
 
-    return workspace.once("one_process", one), workspace.once("two_processes", two)
+    return workspace.once(f"{request.param}_one", one), workspace.once(f"{request.param}_two", two)
 
 
 def test_two_processes_train_as_one(one_and_two_processes):
     logs = [[entry for entry in read_log(folder) if "loss" in entry] for folder in one_and_two_processes]
     assert len(logs[0]) == len(logs[1]) == 5
     for expected, entry in zip(*logs):
-        assert entry == pytest.approx(expected, abs=1e-5)
-    expected, weights = (load_file(folder / "transformer" / "model.safetensors") for folder in one_and_two_processes)
+        assert entry == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert entry["gradient_norm"] > 0 and "alignment_loss" in entry
+    files = [next(folder.glob("transformer/*.safetensors")) for folder in one_and_two_processes]
+    expected, weights = map(load_file, files)
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-4)
     cards = [(folder / "README.md").read_text() for folder in one_and_two_processes]
@@ -416,12 +511,13 @@ def test_two_processes_train_a_tokenizer_as_one(workspace, tmp_path):
 
 
 def test_two_processes_validate_as_one(one_and_two_processes):
-    """Five images: the second process gets two of them, which accelerate fills up to three."""
-    name = "validation_cross_entropy"
-    expected, values = (
-        [entry[name] for entry in read_log(folder) if name in entry] for folder in one_and_two_processes
+    """14 images: in the last pass the first process gets two of them, which accelerate fills up to three."""
+    expected, entries = (
+        [entry for entry in read_log(folder) if "validation_cknna" in entry] for folder in one_and_two_processes
     )
-    assert len(values) == 2 and values == pytest.approx(expected, abs=1e-5)
+    assert [entry["step"] for entry in entries] == [3, 5]
+    for entry, expected_entry in zip(entries, expected, strict=True):
+        assert len(entry) == 3 and entry == pytest.approx(expected_entry, abs=1e-5)
 
 
 def test_no_script_reaches_for_the_network(workspace):
@@ -533,10 +629,46 @@ def test_label_out_of_range(fails, tmp_path, script, split, wrong, feature):
     fails(script, f"label.*{wrong}", "--dataset_name", str(tmp_path / "data"))
 
 
-@pytest.mark.parametrize("depth", [0, 3])
+@pytest.mark.parametrize("name, depth", [("repa_depth", 0), ("repa_depth", 3), ("cknna_depth", 0), ("cknna_depth", 3)])
 @pytest.mark.parametrize("script", SCRIPTS[1:])
-def test_depth_of_the_alignment(fails, script, depth):
-    fails(script, rf"`repa_depth` must be in \[1, 2\], got {depth}", "--repa_depth", str(depth))
+def test_depth_of_the_alignment(fails, script, name, depth):
+    fails(script, rf"`{name}` must be in \[1, 2\], got {depth}", f"--{name}", str(depth))
+
+
+@pytest.mark.parametrize(
+    "script, options, expected",
+    [
+        ("train_repa_ar", "--size S --num_hidden_layers 1", {"hidden_size": 384, "num_attention_heads": 6}),
+        ("train_repa_ar", "--num_hidden_layers 1", {"hidden_size": 768, "num_attention_heads": 12}),
+        (
+            "train_repa_ar",
+            "--size L --num_hidden_layers 1 --hidden_size 16 --num_attention_heads 2",
+            {"hidden_size": 16, "num_attention_heads": 2},
+        ),
+        ("train_repa_dit", "--size S/2 --num_layers 1", {"num_attention_heads": 6, "patch_size": 2}),
+        ("train_repa_dit", "--size S/2 --num_layers 1 --patch_size 1", {"num_attention_heads": 6, "patch_size": 1}),
+        (
+            "train_repa_dit",
+            "--num_layers 1 --num_attention_heads 1 --attention_head_dim 12",
+            {"num_attention_heads": 1, "attention_head_dim": 12, "patch_size": 1},
+        ),
+    ],
+)
+def test_sizes(workspace, tmp_path, run_main, script, options, expected):
+    """Arguments override what belongs to the size, and only that."""
+    arguments = [*PLAIN.split(), *options.split(), "--output_dir", str(tmp_path / "out"), "--max_train_steps", "1"]
+    arguments += ["--dataset_name", str(workspace.data), "--tokenizer", str(workspace.trained("train_tokenizer"))]
+    run_main(script, [*arguments, "--teacher", str(workspace.teacher), "--projector_dim", "16"])
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert expected.items() <= config.items()
+    assert 1 == config["num_hidden_layers" if script == "train_repa_ar" else "num_layers"]
+
+
+@pytest.mark.parametrize("script, size", [("train_repa_ar", "L/1"), ("train_repa_dit", "L")])
+def test_size_of_the_other_generator(run_here, capsys, script, size):
+    with pytest.raises(SystemExit):
+        run_here(script, "--size", size)
+    assert f"--size: invalid choice: '{size}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -604,6 +736,56 @@ def test_tokens_train_as_their_images(workspace, train_from, tokenize, tmp_path,
     assert pipeline("bee", output_type="np").images.shape == (1, 16, 16, 3)
     weights = load_file(tokenizer / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(weights[name], weight) for name, weight in pipeline.tokenizer.state_dict().items())
+
+
+@pytest.mark.parametrize("shift, learnable", [(1, True), (0, False)])
+def test_the_state_that_predicts_a_token_is_aligned_with_the_patch_of_that_token(
+    workspace, tmp_path, run_main, shift, learnable
+):
+    """
+    Tokens are random, and the feature of patch i is the token `shift` places before i. Aligned with patch i is the
+    state that has seen the tokens before i and not token i. If it were that of the next position, it would know both
+    features; if it were that of the position before, none.
+    """
+    tokenizer = as_image_tokenizer(AutoencoderIFSQ.from_pretrained(workspace.trained("train_tokenizer")))
+    indices = torch.randint(15, (600, 16))
+    info = TokenDatasetInfo(
+        tokenizer={"name_or_path": str(workspace.root / "train_tokenizer"), "revision": None, **tokenizer.describe()},
+        scaling_factor=tokenizer.scaling_factor,
+        resolution=16,
+        teacher={"name_or_path": "oracle", "hidden_size": 15},
+        num_rows={"train": 600},
+        images={},
+        shards={"batch_size": 600, "images_per_shard": 600},
+        hf_ifsq_version="0",
+    )
+    writer = TokenDatasetWriter(str(tmp_path / "tokens"), info, ClassLabel(names=NAMES))
+    writer.begin()
+    with writer.open(writer.shards("train")[0]) as file:
+        features = torch.nn.functional.one_hot(indices.roll(shift, dims=1), 15).float()
+        file.add(indices=indices, label=torch.arange(600) % 3, teacher_features=features)
+    writer.finish("Random tokens")
+    model = "--vocab_sizes 15 --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --dropout 0"
+    training = "--train_batch_size 32 --max_train_steps 60 --learning_rate 5e-3 --projector_dim 64 --logging_steps 5"
+    run_main(
+        "train_repa_ar",
+        [*model.split(), *training.split(), "--token_dataset", str(tmp_path / "tokens"), "--teacher", "oracle"]
+        + ["--num_images_per_label", "1", "--output_dir", str(tmp_path / "out")],
+    )
+    losses = [entry["alignment_loss"] for entry in read_log(tmp_path / "out") if "alignment_loss" in entry]
+    # The best that is to be had without knowledge is the mean of all features, and patch 0 has nothing before it.
+    assert losses[0] > -0.3
+    assert losses[-1] < -0.85 if learnable else losses[-1] > -(15**-0.5) - 0.05
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_alignment_is_learned(workspace, train_from, tokenize, script):
+    teacher = ["--teacher", str(workspace.teacher)]
+    tokens = tokenize(workspace.trained("train_tokenizer"), *teacher)
+    longer = ["--max_train_steps", "80", "--learning_rate", "1e-2", "--validation_steps", "100", "--repa_weight", "5"]
+    log = read_log(train_from(script, "out", "--token_dataset", tokens, *teacher, *longer))
+    losses = [entry["alignment_loss"] for entry in log if "alignment_loss" in entry]
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1
 
 
 def test_training_on_tokens_resumes(workspace, train_from, tokenize):

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.metrics.codebook import CodebookUsage
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
@@ -17,7 +18,7 @@ from hf_ifsq.training.lpips import LPIPS, STAGES
 
 
 METRICS = Path(str(files("hf_ifsq.metrics")))
-NAMES = ["reconstruction", "lpips", "codebook_usage", "frechet_distance"]
+NAMES = ["reconstruction", "lpips", "codebook_usage", "frechet_distance", "cknna"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,6 +123,17 @@ def test_frechet_distance():
     assert metric.compute()["frechet_distance"] == pytest.approx(expected, rel=1e-9)
 
 
+def test_cknna():
+    features, references = torch.randn(30, 5), torch.randn(30, 7)
+    metric = load("cknna")
+    for k in ({}, {"k": 4}):
+        for part in (slice(0, 20), slice(20, 30)):
+            metric.add_batch(predictions=features[part], references=references[part])
+        assert metric.compute(**k)["cknna"] == pytest.approx(cknna(features, references, **k), abs=1e-9)
+    with pytest.raises(ValueError, match=r"`k` must be in \[1, images\).*got `k` 10 for 5"):
+        metric.compute(predictions=features[:5], references=references[:5])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_cards(name):
     card = (METRICS / name / "README.md").read_text(encoding="utf-8")
@@ -134,7 +146,7 @@ def test_cards(name):
     assert (METRICS / name / "index.html").is_file()
 
 
-@pytest.mark.parametrize("name", ["reconstruction", "codebook_usage", "frechet_distance"])
+@pytest.mark.parametrize("name", ["reconstruction", "codebook_usage", "frechet_distance", "cknna"])
 def test_examples_of_cards(name):
     check_examples((METRICS / name / "README.md").read_text(encoding="utf-8"))
 

@@ -143,12 +143,12 @@ def test_frequencies(make_ar, vocab_sizes, arguments):
         expected.append(math.prod(probabilities(token, i)[digits[i]] for i in range(len(vocab_sizes))))
     expected = np.array(expected)
     assert expected.sum() == pytest.approx(1)
-    draws = model.generate(torch.full((20_000,), 2), generator=seeded(0)[0], **arguments)
+    draws = model.generate(torch.full((200_000,), 2), generator=seeded(0)[0], **arguments)
     counts = np.bincount(draws.flatten().numpy(), minlength=12)
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
     assert possible.sum() > 1
-    assert chisquare(counts[possible], 20_000 * expected[possible]).pvalue > 1e-3
+    assert chisquare(counts[possible], 200_000 * expected[possible]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("arguments", [{}, {"guidance_scale": 3.0, "temperature": 0.8, "top_k": 5, "top_p": 0.9}])

@@ -6,9 +6,13 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARModel
+from hf_ifsq.models import modeling_ifsq_ar
 
 
 FACTORS = {1: [12], 2: [4, 3], 3: [3, 5, 2], 4: [2, 3, 2, 4]}
@@ -526,3 +530,53 @@ def test_arguments_override_a_named_size():
     assert (config.num_hidden_layers, config.hidden_size, config.num_classes) == (2, 384, 7)
     with pytest.raises(ValueError, match="`size` must be one of.*got 'M'"):
         IFSQARConfig.from_size("M")
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation gives back."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return output
+
+
+@pytest.mark.parametrize("rows", [3, 7, 100])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_linear_cross_entropy_equals_that_of_all_scores(monkeypatch, rows, bfloat16):
+    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 50 * rows)
+    states, weight = torch.randn(20, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+    targets = torch.randint(50, (20,))
+    targets[[2, 11]] = -100
+
+    def run(function):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = function()
+        return loss, torch.autograd.grad(loss, (states, weight))
+
+    loss, gradients = run(lambda: modeling_ifsq_ar.linear_cross_entropy(states, weight, targets))
+    expected, expected_gradients = run(lambda: F.cross_entropy(F.linear(states, weight).float(), targets))
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    tolerance = {"rtol": 0, "atol": 2e-3} if bfloat16 else {}
+    torch.testing.assert_close(gradients, expected_gradients, **tolerance)
+
+
+@pytest.mark.parametrize("vocab_sizes", [[3000], [3000, 2500]])
+def test_training_never_holds_all_scores(make_ar, monkeypatch, vocab_sizes):
+    model, class_labels = make_ar(vocab_sizes=vocab_sizes), torch.arange(5).repeat(10)
+    indices = torch.randint(model.config.codebook_size, (50, 12))
+    expected = model(class_labels, indices, labels=indices)
+    # Fewer than the weights of a head.
+    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 64 * 3000)
+    model.config.class_dropout_prob = 0.0
+    with LargestTensor() as largest:
+        output = model.train()(class_labels, indices, labels=indices)
+        output.loss.backward()
+    assert output.logits is None
+    torch.testing.assert_close(output.factor_losses, expected.factor_losses)
+    assert largest.elements <= 64 * 3000 < 600 * 2500

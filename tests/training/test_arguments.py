@@ -1,4 +1,5 @@
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -143,7 +144,13 @@ def test_exactly_one_source_of_data(sources):
 
 @pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_of_the_examples(recipe):
-    scripts = {"digits_ar": "train_repa_ar", "digits_dit": "train_repa_dit"}
+    scripts = {
+        "digits_ar": "train_repa_ar",
+        "llamagen_l_repa": "train_repa_ar",
+        "llamagen_l_repa_2x289": "train_repa_ar",
+        "digits_dit": "train_repa_dit",
+        "dit_l_repa": "train_repa_dit",
+    }
     script = EXAMPLES / f"{scripts.get(recipe.stem, 'train_tokenizer')}.py"
     spec = importlib.util.spec_from_file_location(f"recipe_test_{script.stem}", script)
     module = importlib.util.module_from_spec(spec)
@@ -154,13 +161,25 @@ def test_recipes_of_the_examples(recipe):
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, TrainingArguments) and value.__module__ == spec.name
     ]
-    # A recipe that is not for a certain dataset leaves it to the command line.
-    source = [] if "dataset_name:" in recipe.read_text() else ["--dataset_name", "images"]
-    args = parse_args(arguments_class, ["--config", str(recipe), *source])
+    # A recipe that is not for a certain dataset leaves it and what comes from it to the command line.
+    needed = ["dataset_name"] if script.stem == "train_tokenizer" else ["dataset_name", "tokenizer"]
+    missing = [name for name in needed if f"\n{name}:" not in recipe.read_text()]
+    args = parse_args(arguments_class, ["--config", str(recipe), *(f"--{name}=given" for name in missing)])
     for name, value in yaml.safe_load(recipe.read_text()).items():
         got = getattr(args, name)
         assert got == (float(value) if isinstance(got, float) else value)
         assert type(got) in (type(value), float)
+
+
+def test_recipes_of_the_paper():
+    one_head, two_heads, dit = (
+        yaml.safe_load((EXAMPLES / "recipes" / f"{name}.yaml").read_text())
+        for name in ("llamagen_l_repa", "llamagen_l_repa_2x289", "dit_l_repa")
+    )
+    assert one_head | {"vocab_sizes": [289, 289], "num_factor_layers": 2} == two_heads
+    assert one_head["vocab_sizes"] == [17**4] == [math.prod(two_heads["vocab_sizes"])]
+    for recipe, batch_size in ((one_head, 256), (dit, 1024)):
+        assert recipe["train_batch_size"] * recipe["gradient_accumulation_steps"] == batch_size
 
 
 def test_help_names_every_argument():

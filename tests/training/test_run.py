@@ -96,7 +96,9 @@ def begin(run):
 
 
 def read_log(run):
-    return [json.loads(line) for line in (run.output_dir / "training_log.jsonl").read_text().splitlines()]
+    """Entries without the throughput, in which no two runs agree."""
+    entries = [json.loads(line) for line in (run.output_dir / "training_log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if "_per_second" not in name} for entry in entries]
 
 
 def folders(run):
@@ -135,6 +137,33 @@ def test_metrics_are_means_over_the_steps_and_passes_between_two_entries(start):
         {"step": 2, "loss": 3.0, "half": 1.5, "learning_rate": 0.25},
         {"step": 3, "loss": 15.0, "half": 7.5, "learning_rate": 0.25},
     ]
+
+
+@pytest.mark.parametrize("tokens_per_image, unit", [(None, "images"), (256, "tokens")])
+def test_throughput_leaves_out_validations_and_checkpoints(start, monkeypatch, tokens_per_image, unit):
+    seconds = 50.0
+    monkeypatch.setattr("hf_ifsq.training.run.time.perf_counter", lambda: seconds)
+    run = start(logging_steps=2, checkpointing_steps=3, max_train_steps=6, train_batch_size=8)
+    save_checkpoint = run._save_checkpoint
+
+    def save_for_a_thousand_seconds():
+        nonlocal seconds
+        save_checkpoint()
+        seconds += 1000
+
+    run._save_checkpoint = save_for_a_thousand_seconds
+    begin(run)
+    for step in range(1, 7):
+        seconds += step
+        run.end_step(learning_rate=0.1, tokens_per_image=tokens_per_image)
+        with run.averaged():
+            seconds += 100
+    lines = (run.output_dir / "training_log.jsonl").read_text().splitlines()
+    rates = {entry["step"]: entry[f"{unit}_per_second"] for entry in map(json.loads, lines)}
+    per_image = tokens_per_image or 1
+    # Entries are after steps 2, 4 and 6, and before the checkpoint after step 3.
+    expected = {2: 16 / (1 + 2), 3: 8 / 3, 4: 8 / 4, 6: 16 / (5 + 6)}
+    assert rates == pytest.approx({step: rate * per_image for step, rate in expected.items()})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -324,8 +324,8 @@ def make_source(tmp_path, make_autoencoder):
     make_autoencoder(scaling_factor=2.5).save_pretrained(folder)
     tokenizer = as_image_tokenizer(hf_ifsq.AutoencoderIFSQ.from_pretrained(folder).eval())
     description = {**tokenizer.describe(), "name_or_path": folder}
-    info = make_info({"train": 30, "validation": 8}, description, {"name_or_path": "vit", "hidden_size": 6})
-    splits = {"train": random_columns(30, width=6), "validation": random_columns(8, width=6, seed=1)}
+    info = make_info({"train": 30, "validation": 12}, description, {"name_or_path": "vit", "hidden_size": 6})
+    splits = {"train": random_columns(30, width=6), "validation": random_columns(12, width=6, seed=1)}
     tokens = write(tmp_path / "tokens", info, splits, ClassLabel(names=NAMES))
 
     def make(patch_size=1, **overrides):
@@ -344,20 +344,34 @@ def test_source_of_tokens(make_source):
     source, args = make_source()
     assert args.resolution == 16 and source.teacher_hidden_size is None
     assert source.id2label == dict(enumerate(NAMES))
-    batch = read_batch(source.validation_data, 8)
+    batch = read_batch(source.validation_data, 12)
     indices = make_source.splits["validation"]["indices"]
     assert torch.equal(source.indices(batch), indices)
     digits = torch.stack([indices % 5 / 2 - 1, indices // 5 % 4 / 2 - 1, indices // 20 - 1], dim=1)
-    assert torch.equal(source.codes(batch), digits.view(8, 3, 4, 4))
+    assert torch.equal(source.codes(batch), digits.view(12, 3, 4, 4))
     assert source.tokenizer.scaling_factor == 2.5
 
 
 def test_stored_features_in_place_of_the_teacher(make_source):
     source, _ = make_source(teacher="vit")  # there is no such model to load
     assert source.teacher_hidden_size == 6
-    features = source.teacher_features(read_batch(source.train_data, 30))
-    assert torch.equal(features, make_source.splits["train"]["teacher_features"].half().float())
-    assert "teacher_features" not in source.validation_data[0]
+    for split, data in (("train", source.train_data), ("validation", source.validation_data)):
+        columns = make_source.splits[split]
+        features = source.teacher_features(read_batch(data, len(columns["label"])))
+        assert torch.equal(features, columns["teacher_features"].half().float())
+    without, _ = make_source()
+    assert "teacher_features" not in without.train_data[0] and "teacher_features" not in without.validation_data[0]
+
+
+@pytest.mark.parametrize("count, measured", [(10, False), (11, True)])
+def test_too_few_validation_images_for_cknna_are_said_beforehand(make_source, caplog, count, measured):
+    source, _ = make_source(teacher="vit", max_validation_samples=count)
+    assert source.measures_cknna == measured
+    said = (
+        "Validations leave out CKNNA, which takes more than 10 images, its number of nearest neighbours: there are 10."
+    )
+    assert (said in caplog.messages) != measured
+    assert not make_source()[0].measures_cknna
 
 
 def test_tokenizer_stays_on_the_cpu(make_source):

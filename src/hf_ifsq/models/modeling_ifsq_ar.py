@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, initialization
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -19,6 +20,10 @@ from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin, preallocated_cache
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
+
+
+# Scores that exist at a time in the training of a head: 256 MiB in float32.
+MAX_SCORES = 2**26
 
 
 @dataclass
@@ -310,8 +315,8 @@ class IFSQARModel(IFSQARPreTrainedModel):
 
 def linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Mean cross-entropy of a linear head, computed and differentiated some rows at a time: of the scores, which over a
-    codebook of 83,521 would be the largest tensors of a training step by far, only 256 MiB exist at once.
+    Mean cross-entropy of a linear head. Its scores, which over a codebook of 83,521 would be the largest tensors of a
+    training step by far, are computed some rows at a time, and once more for the gradients.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
@@ -319,16 +324,24 @@ def linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targ
         targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
 
     Returns:
-        `torch.Tensor`: nats, a scalar.
+        `torch.Tensor`: nats, a float32 scalar.
     """
-    device_type = hidden_states.device.type
-    dtype = weight.dtype
-    # Autocast does not reach into this function of PyTorch. Its gradients come before a scaler could lift them out of
-    # the small numbers that float16 cannot hold.
-    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
-        dtype = torch.bfloat16
-    options = nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=max(1, 2**26 // len(weight)))
-    return F.linear_cross_entropy(hidden_states.to(dtype), weight.to(dtype), targets, options=options).float()
+    device_type, dtype = hidden_states.device.type, weight.dtype
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+
+    def summed_losses(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # Cast here and not by autocast, which keeps one copy: its gradients would be added up in low precision.
+        scores = F.linear(states.to(dtype), weight.to(dtype))
+        return F.cross_entropy(scores.float(), ids, reduction="sum")
+
+    rows = max(1, MAX_SCORES // len(weight))
+    if len(targets) <= rows:
+        total = summed_losses(hidden_states, targets)
+    else:
+        parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        total = sum(checkpoint(summed_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
+    return total / (targets != -100).sum()
 
 
 class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):

@@ -189,6 +189,9 @@ class GeneratorArguments(TrainingArguments):
     teacher: str | None = argument(None, "Vision model to align with: a folder or Hub name.")
     repa_depth: int | None = argument(None, "Layer whose output is aligned; by default at a third of the depth.")
     projector_dim: int = argument(2048, "Width of the alignment's projector.")
+    cknna_depth: int | None = argument(
+        None, "Layer whose output validations compare with the teacher by CKNNA; by default the one that is aligned."
+    )
     num_images_per_label: int = argument(4, "Images of each class in a validation picture.")
     guidance_scale: float = argument(1.0, "Guidance of the validation pictures.")
 
@@ -205,23 +208,26 @@ class GeneratorArguments(TrainingArguments):
                     f"out, or give it to `tokenize_dataset.py`; got {getattr(self, entry.name)!r}."
                 )
 
-    def alignment_depth(self, num_layers: int) -> int:
+    def alignment_depths(self, num_layers: int) -> tuple[int, int]:
         """
-        The layer that is aligned with the teacher.
+        The layers that the teacher is set against.
 
         Args:
             num_layers (`int`): layers of the generator.
 
         Returns:
-            `int`: `repa_depth`, or about a third of the depth.
+            `tuple[int, int]`: the layer that is aligned with the teacher, `repa_depth` or about a third of the depth,
+            and the layer that validations compare with it, `cknna_depth` or the same.
 
         Raises:
             ValueError: if the generator has no such layer.
         """
-        depth = max(1, round(num_layers / 3)) if self.repa_depth is None else self.repa_depth
-        if not 1 <= depth <= num_layers:
-            raise ValueError(f"`repa_depth` must be in [1, {num_layers}], got {depth}.")
-        return depth
+        repa_depth = max(1, round(num_layers / 3)) if self.repa_depth is None else self.repa_depth
+        cknna_depth = repa_depth if self.cknna_depth is None else self.cknna_depth
+        for name, depth in (("repa_depth", repa_depth), ("cknna_depth", cknna_depth)):
+            if not 1 <= depth <= num_layers:
+                raise ValueError(f"`{name}` must be in [1, {num_layers}], got {depth}.")
+        return repa_depth, cknna_depth
 
 
 Arguments = TypeVar("Arguments", bound=DataArguments)

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ class TrainingRun:
             self._ema = EMAModel(self._model.parameters(), decay=self.args.ema_decay, foreach=True)
         if self._checkpoint is not None:
             self._load_checkpoint(self._checkpoint)
+        # Where the throughput is measured from; validations move the time.
+        self._samples_logged, self._logged_at = self.samples_seen, time.perf_counter()
         self._progress_bar = tqdm(
             total=self.max_train_steps,
             initial=self.global_step,
@@ -188,7 +191,7 @@ class TrainingRun:
         for name, value in metrics.items():
             self._sums.setdefault(name, []).append(value.detach().float())
 
-    def end_step(self, learning_rate: float, model_changed: bool = True) -> None:
+    def end_step(self, learning_rate: float, model_changed: bool = True, tokens_per_image: int | None = None) -> None:
         """
         Count an optimizer step: update the moving average, and write the log and a checkpoint where they are due.
 
@@ -196,6 +199,9 @@ class TrainingRun:
             learning_rate (`float`): the learning rate of the step, for the log.
             model_changed (`bool`, *optional*, defaults to `True`):
                 whether the step was one of the model that is averaged, and not of its adversary.
+            tokens_per_image (`int`, *optional*):
+                to log `tokens_per_second` in place of `images_per_second`: the throughput of all processes since the
+                last entry, without the time of validations and checkpoints.
 
         Raises:
             FloatingPointError: if a recorded metric is no longer finite.
@@ -217,9 +223,17 @@ class TrainingRun:
             if not all(map(math.isfinite, metrics.values())):
                 raise FloatingPointError(f"Training diverged at step {self.global_step}: {metrics}.")
             self._progress_bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
-            self.log({**metrics, "learning_rate": learning_rate})
-        if checkpoint_due:
-            self._save_checkpoint()
+            self.log({**metrics, "learning_rate": learning_rate, **self._throughput(tokens_per_image)})
+            if checkpoint_due:
+                self._save_checkpoint()
+            self._samples_logged, self._logged_at = self.samples_seen, time.perf_counter()
+
+    def _throughput(self, tokens_per_image: int | None) -> dict[str, float]:
+        """Since the last entry; called when the metrics are here, and so the device has done the steps."""
+        rate = (self.samples_seen - self._samples_logged) / (time.perf_counter() - self._logged_at)
+        if tokens_per_image is None:
+            return {"images_per_second": rate}
+        return {"tokens_per_second": rate * tokens_per_image}
 
     @property
     def validation_due(self) -> bool:
@@ -232,6 +246,7 @@ class TrainingRun:
         The unwrapped model for a while in evaluation mode, in the precision of its weights as whoever loads it would
         run it, and with averaged weights if there is a moving average.
         """
+        start = time.perf_counter()
         was_training = self._model.training
         # Accelerate keeps the forward pass as it was before it was wrapped in autocast.
         autocast_forward = self._model.__dict__.get("forward")
@@ -249,6 +264,7 @@ class TrainingRun:
                 self._model.forward = autocast_forward
             if self._ema is not None:
                 self._ema.restore(self._model.parameters())
+            self._logged_at += time.perf_counter() - start
 
     def log(self, metrics: dict[str, float]) -> None:
         """Write metrics of the current step to `training_log.jsonl` and to the tracker."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
+from ..metrics.alignment import CKNNA_NEIGHBORS
 from ..models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from .arguments import GeneratorArguments
 from .data import ImageDataset, check_labels, draw, load_image_dataset, read_class_names
 from .repa import Teacher
 
+
+logger = logging.getLogger(__name__)
 
 INFO_FILE = "token_dataset.json"
 
@@ -202,6 +206,8 @@ class TokenSource:
         validation_data ([`ImageDataset`], [`TokenDataset`] or `None`): validation rows, to be read by `index`.
         id2label (`dict[int, str]`): names of the classes.
         teacher_hidden_size (`int` or `None`): width of the teacher's features; `None` without a teacher.
+        measures_cknna (`bool`): whether validations can compare hidden states with the teacher's features: there are
+            both a teacher and enough validation images.
 
     Raises:
         ValueError: if labels, tokens, tokenizer or teacher are not what the arguments or the token dataset say.
@@ -215,6 +221,13 @@ class TokenSource:
             self._open_images(args, patch_size)
         else:
             self._open_tokens(args, patch_size)
+        self.measures_cknna = args.teacher is not None and self.validation_data is not None
+        if self.measures_cknna and len(self.validation_data) <= CKNNA_NEIGHBORS:
+            logger.warning(
+                f"Validations leave out CKNNA, which takes more than {CKNNA_NEIGHBORS} images, its number of nearest "
+                f"neighbours: there are {len(self.validation_data)}."
+            )
+            self.measures_cknna = False
 
     def _open_images(self, args: GeneratorArguments, patch_size: int) -> None:
         self.tokenizer = load_image_tokenizer(args.tokenizer, sample_size=args.resolution).to(self.device)
@@ -250,7 +263,7 @@ class TokenSource:
         self.train_data = TokenDataset(train, with_teacher_features=args.teacher is not None)
         self.validation_data = None
         if validation is not None:
-            self.validation_data = TokenDataset(validation, with_teacher_features=False)
+            self.validation_data = TokenDataset(validation, with_teacher_features=args.teacher is not None)
 
     def _read_labels(self, train: Dataset, validation: Dataset | None, label_column: str) -> None:
         self.id2label = read_class_names(train, label_column)
@@ -295,7 +308,7 @@ class TokenSource:
         Features of the teacher, stored ones where the data has them.
 
         Args:
-            batch (`dict[str, torch.Tensor]`): rows of `train_data`.
+            batch (`dict[str, torch.Tensor]`): rows of `train_data` or `validation_data`.
 
         Returns:
             `torch.Tensor` of shape `(batch, patches, teacher_hidden_size)`, float32, in raster order.

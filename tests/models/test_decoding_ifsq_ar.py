@@ -1,0 +1,246 @@
+"""Decoding one token at a time, with a cache, guidance and compiled layers, against whole forward passes."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from hf_ifsq import IFSQARPipeline
+from hf_ifsq.models.generation_ifsq_ar import guidance_scales
+
+
+FACTORS = {1: [12], 2: [4, 3], 4: [2, 3, 2, 4]}
+every_factorization = pytest.mark.parametrize(
+    "vocab_sizes", FACTORS.values(), ids=lambda sizes: f"{len(sizes)}-factors"
+)
+# Without a C++ compiler the traced graphs run as they are.
+BACKEND = "inductor" if shutil.which("g++") else "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+
+
+def record_logits(model):
+    """List that fills with the logits of each head at each step, `(rows, vocab_size)`."""
+    recorded = []
+    for head in model.lm_heads:
+        head.register_forward_hook(lambda _, inputs, output: recorded.append(output[:, -1]))
+    return recorded
+
+
+def logits_of_forward(model, class_labels, indices):
+    """Of each head at each token, in the order of decoding, by one forward pass over the whole sequences."""
+    logits = model(class_labels, indices).logits
+    logits = logits if isinstance(logits, tuple) else (logits,)
+    return [scores[:, token] for token in range(indices.shape[1]) for scores in logits]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+@pytest.mark.parametrize("mode", ["eager", "sdpa", "compiled"])
+@every_factorization
+def test_cached_logits_equal_those_of_a_forward_pass(make_ar, vocab_sizes, mode, guidance_scale):
+    model = make_ar(vocab_sizes=vocab_sizes)
+    model.set_attn_implementation("eager" if mode == "eager" else "sdpa")
+    reference = make_ar(vocab_sizes=vocab_sizes)
+    reference.load_state_dict(model.state_dict())
+    if mode == "compiled":
+        model.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+    recorded = record_logits(model)
+    class_labels = torch.tensor([3, 0, 5])
+    indices = model.generate(class_labels, guidance_scale=guidance_scale)
+    with torch.no_grad():
+        expected = logits_of_forward(reference, class_labels, indices)
+        if guidance_scale > 1:
+            null = logits_of_forward(reference, torch.full_like(class_labels, 5), indices)
+            expected = [torch.cat(pair) for pair in zip(expected, null, strict=True)]
+    assert len(recorded) == 12 * len(vocab_sizes)
+    for got, wanted in zip(recorded, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@every_factorization
+def test_logits_of_a_row_do_not_depend_on_the_others(make_ar, vocab_sizes, mode):
+    model = make_ar(vocab_sizes=vocab_sizes)
+    if mode == "compiled":
+        model.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+    recorded = record_logits(model)
+
+    def logits_of_first_row(class_labels):
+        recorded.clear()
+        model.generate(torch.tensor(class_labels), guidance_scale=2.0, do_sample=False)
+        return torch.cat([logits[[0, len(class_labels)]] for logits in recorded], dim=1)
+
+    alone = logits_of_first_row([3])
+    torch.testing.assert_close(logits_of_first_row([3, 1, 4]), alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of_first_row([3, 0, 2]), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_sizes, graphs", [([12], 1), ([4, 3], 2), ([2, 3, 2, 4], 2)])
+def test_one_graph_for_the_whole_sequence(make_ar, vocab_sizes, graphs):
+    model, class_labels = make_ar(vocab_sizes=vocab_sizes), torch.tensor([3, 0])
+    expected = [model.generate(class_labels, guidance_scale=scale, do_sample=False) for scale in (2.0, 3.0)]
+    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    assert torch.equal(model.generate(class_labels, guidance_scale=2.0, do_sample=False), expected[0])
+    assert torch.equal(model.generate(class_labels, guidance_scale=3.0, do_sample=False), expected[1])
+    # Nothing about sampling is part of a graph.
+    model.generate(class_labels, guidance_scale=1.5, guidance_schedule="linear", guidance_interval=(0.2, 0.6), top_k=2)
+    # One over the grid and, for several factors, one over those.
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_compiled_training_equals_eager(make_ar):
+    model, labels, indices = make_ar(vocab_sizes=[4, 3]).train(), torch.tensor([1, 2]), torch.randint(12, (2, 12))
+    model.config.class_dropout_prob = 0.0
+
+    def step():
+        model.zero_grad()
+        output = model(labels, indices, labels=indices, output_hidden_states=True)
+        (output.loss + output.hidden_states[1].square().mean()).backward()
+        return output.loss.item(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
+
+    loss, gradients = step()
+    model.compile(fullgraph=True, backend="aot_eager")
+    compiled_loss, compiled_gradients = step()
+    assert compiled_loss == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(compiled_gradients, gradients)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [3, 3, 3, 3, 3]),
+        ("linear", [1, 1.5, 2, 2.5, 3]),
+        ("cosine", [1, 2 - math.sqrt(0.5), 2, 2 + math.sqrt(0.5), 3]),
+    ],
+)
+def test_guidance_schedules(schedule, expected):
+    assert guidance_scales(5, 3.0, schedule, (0.0, 1.0)) == pytest.approx(expected)
+    assert guidance_scales(5, 3.0, schedule, (0.25, 0.6)) == pytest.approx([1, *expected[1:3], 1, 1])
+    assert guidance_scales(5, 1.0, schedule, (0.0, 1.0)) == [1.0] * 5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("interval, last_guided", [((0.0, 1.0), 11), ((0.2, 0.5), 5), ((0.95, 1.0), 11)])
+@pytest.mark.parametrize("vocab_sizes", [[12], [4, 3]], ids=["1-factor", "2-factors"])
+def test_guidance_over_the_sequence(make_ar, vocab_sizes, interval, last_guided, schedule, compiled):
+    model, class_labels, null = make_ar(vocab_sizes=vocab_sizes), torch.tensor([3, 1]), torch.tensor([5, 5])
+    if compiled:
+        model.compile(fullgraph=True, dynamic=False, backend="eager")
+    options = {"guidance_scale": 4.0, "guidance_schedule": schedule, "guidance_interval": interval}
+    if not compiled:
+        rows = []
+        hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        model.generate(class_labels, **options)
+        hook.remove()
+        assert rows == [4] * (last_guided + 1) + [2] * (11 - last_guided)
+    greedy = model.generate(class_labels, do_sample=False, **options)
+
+    expected = torch.zeros(2, 12, dtype=torch.long)
+    for token in range(12):
+        progress = token / 11
+        growth = {"constant": 1, "linear": progress, "cosine": math.sin(math.pi * progress / 2) ** 2}[schedule]
+        scale = 1 + 3 * growth if interval[0] <= progress <= interval[1] else 1
+        for factor in range(len(vocab_sizes)):
+            place = token * len(vocab_sizes) + factor
+            with torch.no_grad():
+                cond, uncond = (logits_of_forward(model, labels, expected)[place] for labels in (class_labels, null))
+            choice = (uncond + scale * (cond - uncond)).argmax(-1)
+            expected[:, token] += choice * math.prod(vocab_sizes[:factor])
+    assert torch.equal(greedy, expected)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("guidance_schedule", "sine"), ("guidance_interval", (0.6, 0.4)), ("guidance_interval", (0, 1.5))]
+)
+def test_guidance_out_of_range(make_ar, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        make_ar().generate(torch.tensor([1]), guidance_scale=2.0, **{name: value})
+
+
+def test_options_of_each_factor(make_ar):
+    model, class_labels = make_ar(vocab_sizes=[4, 3]), torch.arange(5)
+
+    def generate(**options):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(5)]
+        indices = model.generate(class_labels, generator=generators, **options)
+        return indices % 4, indices // 4
+
+    # A single value is the same as one for each factor.
+    for name, value in (("temperature", 0.7), ("top_k", 2), ("top_p", 0.6)):
+        for alone, each in zip(generate(**{name: value}), generate(**{name: [value, value]}), strict=True):
+            assert torch.equal(alone, each)
+    # What is said of the second factor leaves the first one of the first token as it is, and the other way round.
+    first, second = generate()
+    for options in ({"temperature": [1.0, 0.01]}, {"top_k": [None, 1]}, {"top_p": [None, 0.0]}):
+        changed_first, changed_second = generate(**options)
+        assert torch.equal(changed_first[:, 0], first[:, 0])
+        assert not torch.equal(changed_second, second)
+    greedy = model.generate(class_labels, do_sample=False) % 4
+    only_first, free_second = generate(top_k=[1, None])
+    assert torch.equal(only_first[:, 0], greedy[:, 0])
+    assert free_second.unique().numel() == 3
+
+
+@pytest.mark.parametrize("name, value", [("temperature", [1.0]), ("top_k", [1, 2, 3]), ("top_p", (0.5,))])
+def test_options_of_another_number_of_factors(make_ar, name, value):
+    with pytest.raises(ValueError, match=rf"`{name}`.*each of the 2 factors.*\[{', '.join(map(str, value))}\]"):
+        make_ar(vocab_sizes=[4, 3]).generate(torch.tensor([1]), **{name: value})
+
+
+def make_pipeline(make_ar, make_autoencoder):
+    tokenizer = make_autoencoder(levels=(5, 3), sample_size=(12, 16))
+    pipeline = IFSQARPipeline(make_ar(vocab_sizes=[5, 3]), tokenizer)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+@pytest.mark.parametrize("output_type", ["latent", "pt"])
+def test_batch_size_does_not_change_the_images(make_ar, make_autoencoder, batch_size, output_type):
+    pipeline, steps = make_pipeline(make_ar, make_autoencoder), []
+
+    def callback(pipe, step, timestep, values):
+        steps.append((step, len(values["indices"])))
+        return values
+
+    def run(**options):
+        return pipeline(
+            [0, 1, 2, 3, 4],
+            guidance_scale=2.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type=output_type,
+            **options,
+        ).images
+
+    expected = run()
+    split = run(batch_size=batch_size, callback_on_step_end=callback)
+    torch.testing.assert_close(split, expected, rtol=0, atol=1e-5)
+    sizes = [min(batch_size, 5 - start) for start in range(0, 5, batch_size)]
+    assert steps == [(step, size) for size in sizes for step in range(12)]
+
+
+def test_batch_size_out_of_range(make_ar, make_autoencoder):
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        make_pipeline(make_ar, make_autoencoder)(0, batch_size=0)
+
+
+def test_compiled_pipeline(make_ar, make_autoencoder):
+    pipeline = make_pipeline(make_ar, make_autoencoder)
+
+    def run(**options):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline([1, 2, 3], guidance_scale=2.0, generator=generator, output_type="latent", **options).images
+
+    expected = run()
+    pipeline.compile(backend="aot_eager")
+    assert torch.equal(run(), expected)
+    assert torch.equal(run(batch_size=2), expected)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
