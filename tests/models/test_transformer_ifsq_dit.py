@@ -1,3 +1,4 @@
+import copy
 import math
 import re
 
@@ -363,3 +364,18 @@ def test_arguments_override_a_named_size():
     assert (model.config.patch_size, len(model.blocks), model.config.num_attention_heads) == (2, 2, 6)
     with pytest.raises(ValueError, match="`size` must be one of.*got 'S/4'"):
         IFSQDiTTransformer2DModel.from_size("S/4")
+
+
+def test_compiled(make_dit):
+    torch._dynamo.reset()
+    model, inputs = make_dit(), random_inputs()
+    expected = model(*inputs).sample
+    model.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(model(*inputs).sample, expected)
+    # The checks of values stay, and a copy is compiled but runs its own weights.
+    with pytest.raises(ValueError, match="`class_labels` must be in"):
+        model(inputs[0], inputs[1], torch.tensor([0, 6]))
+    other = copy.deepcopy(model)
+    other.proj_out.bias.data += 1
+    torch.testing.assert_close(other(*inputs).sample, expected + 1)
+    torch.testing.assert_close(model(*inputs).sample, expected)

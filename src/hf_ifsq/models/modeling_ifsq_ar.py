@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin, preallocated_cache
+from .linear import Linear
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
 
@@ -81,8 +82,8 @@ class IFSQARAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -109,8 +110,8 @@ class IFSQARMLP(nn.Module):
 
     def __init__(self, config: IFSQARConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., hidden_size)` to the same."""
@@ -169,7 +170,7 @@ class IFSQARDecoderLayers(nn.ModuleList):
         return hidden_states, collected
 
 
-class IFSQAROutputHead(nn.Linear):
+class IFSQAROutputHead(Linear):
     """Starts at zero: as in LlamaGen, training begins with uniform predictions."""
 
 

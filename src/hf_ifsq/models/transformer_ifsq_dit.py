@@ -171,6 +171,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     _no_split_modules = ["IFSQDiTBlock"]
     _repeated_blocks = ["IFSQDiTBlock"]
     _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
+    _compiled_predict = None
 
     @register_to_config
     def __init__(
@@ -273,6 +274,31 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             ValueError: if a shape, a timestep or a label is not as said.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
+        predict = self._compiled_predict or type(self)._predict
+        sample, collected = predict(self, hidden_states, timestep, class_labels, output_hidden_states)
+        if not return_dict:
+            return (sample,) if collected is None else (sample, collected)
+        return IFSQDiTOutput(sample=sample, hidden_states=collected)
+
+    def compile(self, **kwargs: Any) -> None:
+        """
+        Compile the model by [`torch.compile`], all of it but the checks of its inputs, which read their values, and
+        the hooks of offloading. For the blocks alone, which takes less time, there is `compile_repeated_blocks`.
+
+        Args:
+            kwargs: arguments of `torch.compile`; `mode="reduce-overhead"` records CUDA graphs.
+        """
+        # The function of the class, not the method: a copy of the model must not run the weights of the original.
+        self._compiled_predict = torch.compile(type(self)._predict, **kwargs)
+
+    def _predict(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        output_hidden_states: bool,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """The velocity, and what each block gives if asked for."""
         patch_size = self.config.patch_size
         grid = (hidden_states.shape[2] // patch_size, hidden_states.shape[3] // patch_size)
         device = hidden_states.device
@@ -298,11 +324,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         patches = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
         # (batch, rows * columns, p * p * channels) to (batch, channels, rows * p, columns * p)
         patches = patches.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, -1))
-        sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-        if not return_dict:
-            return (sample,) if collected is None else (sample, collected)
-        return IFSQDiTOutput(sample=sample, hidden_states=collected)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), collected
 
     def _fixed_positions(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Sine-cosine positions, `(rows * columns, hidden_size)`: the first half of the channels is the column."""
