@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     ImagePipelineOutput,
-    SASolverScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
     VQModel,
 )
 
@@ -21,6 +22,10 @@ from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
 from ..randomness import image_generators
 from .pipeline_utils import ClassConditionalPipeline
+
+
+FLOW_MATCHING_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+MULTISTEP_SCHEDULERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 
 
 class IFSQDiTPipeline(ClassConditionalPipeline):
@@ -33,8 +38,11 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             the tokenizer that the model was trained with.
         scheduler ([`~diffusers.SchedulerMixin`]):
             a scheduler for flow matching: [`~diffusers.FlowMatchEulerDiscreteScheduler`] or
-            [`~diffusers.FlowMatchHeunDiscreteScheduler`], or a multistep solver with `use_flow_sigmas=True` and
-            `prediction_type="flow_prediction"`.
+            [`~diffusers.FlowMatchHeunDiscreteScheduler`], or with `use_flow_sigmas=True` and
+            `prediction_type="flow_prediction"` a [`~diffusers.DPMSolverMultistepScheduler`] or
+            [`~diffusers.UniPCMultistepScheduler`]. Its `shift`, which the last two call `flow_shift`, takes even steps
+            in sigma = 1 - t to `shift * sigma / (1 + (shift - 1) * sigma)`. In t that is the same with `1 / shift`:
+            above 1 there are more steps near the noise.
 
     Raises:
         ValueError: if model and tokenizer disagree on the codes or the grid, or if a weight is not finite.
@@ -83,6 +91,17 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 "the tokenizer with the `sample_size` of the images that the model was trained on."
             )
 
+    def compile(self, **kwargs: Any) -> None:
+        """
+        Compile the model by [`torch.compile`], all of it into one graph: the first call for a number of rows takes its
+        time, later ones are faster, on GPUs most of all. Guidance in a part of the steps makes two such numbers.
+
+        Args:
+            kwargs: arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
+                `mode="reduce-overhead"` records CUDA graphs, and more than eight numbers of rows need `dynamic=True`.
+        """
+        self.transformer.compile(**{"fullgraph": True, "dynamic": False, **kwargs})
+
     @torch.no_grad()
     def __call__(
         self,
@@ -92,6 +111,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         snap_to_codes: bool = True,
+        batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -105,15 +125,18 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             class_labels (`int`, `str`, or a list of them):
                 classes as ids in [0, num_classes) or as names of the model's `id2label`.
             num_images_per_label (`int`, *optional*, defaults to 1): images of each class, next to each other.
-            num_inference_steps (`int`, *optional*, defaults to 50): steps of the scheduler.
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                steps of the scheduler. Heun's method calls the model twice in each but the last.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 strength of classifier-free guidance, on all channels; at least 1.0, which turns it off.
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
-                first and last t, in [0, 1] from noise to data, with guidance; elsewhere only conditional rows are
-                computed.
+                first and last t, in [0, 1] from noise to data, of the model's calls with guidance; in the others only
+                conditional rows are computed.
             snap_to_codes (`bool`, *optional*, defaults to `True`):
                 whether to round the final latents to the nearest codes before they are decoded; an `AutoencoderKL`
                 has none.
+            batch_size (`int`, *optional*):
+                images to generate at a time, if memory has no room for all. It does not change what they look like.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 one for all images or one each. An image depends on its own generator and label alone.
             latents (`torch.Tensor` of shape `(batch, channels, rows, columns)`, *optional*):
@@ -124,8 +147,9 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 tokenizer's `scaling_factor`.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
-                called after each step with the pipeline, the step, the scheduler's timestep and a dictionary with
-                `"latents"`. It returns such a dictionary; changed latents are taken over.
+                called after each step with the pipeline, the step, the scheduler's timestep of the model's last call
+                and a dictionary with `"latents"`. It returns such a dictionary; changed latents are taken over. With
+                a `batch_size` the latents are those of the images generated at the time.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
@@ -136,34 +160,83 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         # 1. Check and prepare the inputs.
         self._check_inputs(num_inference_steps, guidance_scale, guidance_interval, output_type)
         labels = self._prepare_labels(class_labels, num_images_per_label)
+        batches = self._split(len(labels), batch_size)
         latents = self._prepare_latents(latents, generator, len(labels))
 
-        # 2. Prepare the timesteps: sigma is the share of noise in the latents, 1 - t.
-        self._set_timesteps(num_inference_steps)
-
-        # 3. Follow the velocity. The model's points to the data, a scheduler's to the noise.
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
-            for step, timestep in enumerate(self.scheduler.timesteps):
-                t = 1 - float(self.scheduler.sigmas[step])
-                guided = guidance_scale > 1 and guidance_interval[0] <= t <= guidance_interval[1]
-                velocity = self._predict_velocity(latents, t, labels, guidance_scale if guided else 1.0)
-                if step == 0 and not torch.isfinite(velocity).all():
-                    raise ValueError("The predicted velocity is not finite: the weights or `latents` hold NaN.")
-                latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    latents = callback_on_step_end(self, step, timestep, {"latents": latents}).get("latents", latents)
-                progress_bar.update()
-
-        # 4. Decode the latents.
+        # 2. Follow the velocity from noise to latents and decode them.
         tokenizer = self._image_tokenizer
-        codes = tokenizer.latents_to_codes(latents)
-        if snap_to_codes:
-            codes = tokenizer.nearest_codes(codes)
-        images = tokenizer.codes_to_latents(codes)
+        images = []
+        with self.progress_bar(total=num_inference_steps * len(batches)) as progress_bar:
+
+            def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+                if callback_on_step_end is not None:
+                    latents = self._call_back(callback_on_step_end, step, timestep, latents)
+                progress_bar.update()
+                return latents
+
+            for batch in batches:
+                self._set_timesteps(num_inference_steps)
+                final_latents = self._follow_velocity(
+                    latents[batch], labels[batch], guidance_scale, guidance_interval, on_step_end
+                )
+                codes = tokenizer.latents_to_codes(final_latents)
+                if snap_to_codes:
+                    codes = tokenizer.nearest_codes(codes)
+                if output_type == "latent":
+                    images.append(tokenizer.codes_to_latents(codes))
+                else:
+                    images.append(tokenizer.decode_codes(codes))
+
+        # 3. Make pictures.
+        images = torch.cat(images)
         if output_type != "latent":
-            images = self._postprocess(tokenizer.decode_codes(codes), output_type)
+            images = self._postprocess(images, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _follow_velocity(
+        self,
+        latents: torch.Tensor,
+        labels: torch.Tensor,
+        guidance_scale: float,
+        guidance_interval: tuple[float, float],
+        on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Noise to latents by the steps that the scheduler is set to. Sigma is the share of noise in them, 1 - t."""
+        scheduler = self.scheduler
+        sigmas = scheduler.sigmas.tolist()
+        num_calls = len(scheduler.timesteps)
+        for call, timestep in enumerate(scheduler.timesteps):
+            t = 1 - sigmas[call]
+            guided = guidance_scale > 1 and guidance_interval[0] <= t <= guidance_interval[1]
+            velocity = self._predict_velocity(latents, t, labels, guidance_scale if guided else 1.0)
+            if call == 0 and not torch.isfinite(velocity).all():
+                raise ValueError("The predicted velocity is not finite: the weights or `latents` hold NaN.")
+            # The model's velocity points to the data, a scheduler's to the noise.
+            latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
+            # A scheduler of order 2 makes a step of two calls, and the last one of one.
+            if (call + 1) % scheduler.order == 0 or call + 1 == num_calls:
+                latents = on_step_end(call // scheduler.order, timestep, latents)
+        return latents
+
+    def _call_back(
+        self,
+        callback: Callable[[Any, int, Any, dict], dict],
+        step: int,
+        timestep: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        """Show the latents to the user's function and take over what it changes."""
+        changed = callback(self, step, timestep, {"latents": latents.clone()}).get("latents", latents)
+        if changed.shape != latents.shape:
+            raise ValueError(
+                f"`callback_on_step_end` must return `latents` of shape {tuple(latents.shape)}, got "
+                f"{tuple(changed.shape)}."
+            )
+        if isinstance(self.scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
+            # It would go back to the latents before this step, to correct it, and so undo the change.
+            self.scheduler.last_sample = None
+        return changed
 
     def _predict_velocity(
         self, latents: torch.Tensor, t: float, labels: torch.Tensor, guidance_scale: float
@@ -198,13 +271,24 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         return latents.to(device, torch.float32)
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
-        parameters = inspect.signature(self.scheduler.set_timesteps).parameters
-        if "sigmas" in parameters:
-            # Even steps over all of [0, 1]; a scheduler's own grid may stop short of the data or start off the noise.
+        scheduler, device = self.scheduler, self._execution_device
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+            # Even steps over all of [0, 1]; a scheduler's own grid may stop short of the data.
             sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
-            self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
-            self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+            scheduler.set_timesteps(num_inference_steps, device=device)
+        sigmas = scheduler.sigmas
+        if not 0.9 <= sigmas[0] <= 1 or sigmas[-1] != 0 or (sigmas.diff() > 0).any():
+            raise ValueError(
+                f"`scheduler` must go from noise (sigma 1) to data (sigma 0), but its sigmas are {sigmas.tolist()}: "
+                f"check the config of {type(scheduler).__name__}."
+            )
+        # Solvers that take the logarithm of 1 - sigma begin at 0.999, where noise holds some data already: from pure
+        # noise that is an error that no number of steps makes smaller.
+        sigmas[0] = max(sigmas[0].item(), 1 - 1e-5)
+        # Otherwise it looks up the first timestep, which may be rounded to the same number as the second.
+        scheduler.set_begin_index(0)
 
     def _check_inputs(
         self,
@@ -230,17 +314,18 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
     def _check_scheduler(self) -> None:
         """Only deterministic solvers: the noise of others would not depend on an image's own generator alone."""
         scheduler, config = self.scheduler, self.scheduler.config
-        if isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)):
+        if isinstance(scheduler, FLOW_MATCHING_SCHEDULERS):
             fits = not config.get("stochastic_sampling") and not config.get("invert_sigmas")
         else:
-            fits = config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+            fits = isinstance(scheduler, MULTISTEP_SCHEDULERS) and config.use_flow_sigmas
+            fits = fits and config.prediction_type == "flow_prediction"
             fits = fits and not str(config.get("algorithm_type")).startswith("sde")
-            fits = fits and not isinstance(scheduler, SASolverScheduler)
-        if not fits:
+        if not fits or config.get("use_dynamic_shifting"):
             raise ValueError(
-                "`scheduler` must be a deterministic one for flow matching, `FlowMatchEulerDiscreteScheduler`, "
-                "`FlowMatchHeunDiscreteScheduler` or a multistep solver with `use_flow_sigmas=True` and "
-                f"`prediction_type='flow_prediction'`, got {type(scheduler).__name__} with {dict(config)}."
+                "`scheduler` must be a deterministic one for flow matching with a fixed shift, one of "
+                f"{[cls.__name__ for cls in FLOW_MATCHING_SCHEDULERS]}, or with `use_flow_sigmas=True` and "
+                f"`prediction_type='flow_prediction'` one of {[cls.__name__ for cls in MULTISTEP_SCHEDULERS]}, got "
+                f"{type(scheduler).__name__} with {dict(config)}."
             )
 
 
