@@ -133,10 +133,7 @@ def make_peer(model: IFSQDiTTransformer2DModel, sample_size: int) -> DiTTransfor
 def compiled(model: ModelMixin) -> ModelMixin:
     """A compiled copy of a model."""
     other = type(model).from_config(model.config).eval().to(model.device, model.dtype)
-    if isinstance(other, IFSQDiTTransformer2DModel):
-        other.compile_repeated_blocks(fullgraph=True, dynamic=False)
-    else:
-        other.compile(dynamic=False)
+    other.compile(fullgraph=True, dynamic=False)
     return other
 
 

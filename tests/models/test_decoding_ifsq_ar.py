@@ -195,9 +195,9 @@ def test_options_of_another_number_of_factors(make_ar, name, value):
         make_ar(vocab_sizes=[4, 3]).generate(torch.tensor([1]), **{name: value})
 
 
-def make_pipeline(make_ar, make_autoencoder):
+def make_pipeline(make_ar, make_autoencoder, vocab_sizes=(5, 3)):
     tokenizer = make_autoencoder(levels=(5, 3), sample_size=(12, 16))
-    pipeline = IFSQARPipeline(make_ar(vocab_sizes=[5, 3]), tokenizer)
+    pipeline = IFSQARPipeline(make_ar(vocab_sizes=list(vocab_sizes)), tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -244,3 +244,69 @@ def test_compiled_pipeline(make_ar, make_autoencoder):
     assert torch.equal(run(), expected)
     assert torch.equal(run(batch_size=2), expected)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("vocab_sizes", [[15], [5, 3]], ids=["1-factor", "2-factors"])
+def test_compiled_for_any_number_of_images(make_ar, make_autoencoder, vocab_sizes):
+    pipeline = make_pipeline(make_ar, make_autoencoder, vocab_sizes)
+    expected = [pipeline([0] * count, do_sample=False, output_type="latent").images for count in range(1, 11)]
+    pipeline.compile(backend="aot_eager")
+    for count in range(1, 11):
+        got = pipeline([0] * count, do_sample=False, output_type="latent").images
+        assert torch.equal(got, expected[count - 1])
+    assert len(pipeline.transformer._compiled_layers) == 4
+
+
+def test_compiled_caches_are_not_shared_by_calls_within_calls(make_ar):
+    model, class_labels = make_ar(vocab_sizes=[4, 3]), torch.tensor([3, 0])
+    expected = model.generate(class_labels, do_sample=False)
+    model.compile(fullgraph=True, backend="aot_eager")
+    inner = []
+    outer = model.generate(
+        class_labels,
+        do_sample=False,
+        callback=lambda step, indices: step == 3 and inner.append(model.generate(class_labels, do_sample=False)),
+    )
+    assert torch.equal(outer, expected) and torch.equal(inner[0], expected)
+
+
+def test_compiled_caches_outlive_inference_mode_and_autocast(make_ar):
+    model, class_labels = make_ar(), torch.tensor([3, 0])
+    expected = model.generate(class_labels, do_sample=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_in_bfloat16 = model.generate(class_labels, do_sample=False)
+    model.compile(fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        assert torch.equal(model.generate(class_labels, do_sample=False), expected)
+    assert torch.equal(model.generate(class_labels, do_sample=False), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model.generate(class_labels, do_sample=False)
+    assert (got == expected_in_bfloat16).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"guidance_interval": (0.4, 0.45)}, {"guidance_schedule": "linear", "guidance_interval": (0.0, 0.0)}]
+)
+def test_guidance_of_no_token(make_ar, options):
+    with pytest.raises(ValueError, match="none of the 12 tokens.*no token would be guided"):
+        make_ar().generate(torch.tensor([1]), guidance_scale=2.0, **options)
+    make_ar().generate(torch.tensor([1]), **options)
+
+
+@pytest.mark.parametrize("changed", [torch.tensor(5), torch.zeros(1, 12, dtype=torch.long), torch.zeros(2, 12)])
+def test_callback_that_returns_something_else(make_ar, make_autoencoder, changed):
+    pipeline = make_pipeline(make_ar, make_autoencoder)
+    with pytest.raises(ValueError, match=r"`callback_on_step_end` must return `indices` of shape \(2, 12\)"):
+        pipeline([0, 1], callback_on_step_end=lambda *_: {"indices": changed})
+
+
+def test_callback_may_keep_what_it_sees(make_ar, make_autoencoder):
+    pipeline, seen = make_pipeline(make_ar, make_autoencoder), []
+
+    def callback(pipe, step, timestep, values):
+        seen.append(values["indices"])
+        return values
+
+    pipeline([0, 1], callback_on_step_end=callback)
+    assert all((indices[:, step + 1 :] == 0).all() for step, indices in enumerate(seen))
+    assert not torch.equal(seen[0], seen[-1])

@@ -549,17 +549,17 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_linear_cross_entropy_equals_that_of_all_scores(monkeypatch, rows, bfloat16):
     monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 50 * rows)
-    states, weight = torch.randn(20, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+    states, head = torch.randn(20, 6, requires_grad=True), torch.nn.Linear(6, 50, bias=False)
     targets = torch.randint(50, (20,))
     targets[[2, 11]] = -100
 
     def run(function):
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = function()
-        return loss, torch.autograd.grad(loss, (states, weight))
+        return loss, torch.autograd.grad(loss, (states, head.weight))
 
-    loss, gradients = run(lambda: modeling_ifsq_ar.linear_cross_entropy(states, weight, targets))
-    expected, expected_gradients = run(lambda: F.cross_entropy(F.linear(states, weight).float(), targets))
+    loss, gradients = run(lambda: modeling_ifsq_ar.linear_cross_entropy(head, states, targets))
+    expected, expected_gradients = run(lambda: F.cross_entropy(head(states).float(), targets))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
     tolerance = {"rtol": 0, "atol": 2e-3} if bfloat16 else {}
@@ -580,3 +580,19 @@ def test_training_never_holds_all_scores(make_ar, monkeypatch, vocab_sizes):
     assert output.logits is None
     torch.testing.assert_close(output.factor_losses, expected.factor_losses)
     assert largest.elements <= 64 * 3000 < 600 * 2500
+
+
+def test_cache_that_has_no_room(make_ar):
+    model, ids = make_ar(), torch.zeros(1, 12, dtype=torch.long)
+    cache = model(torch.tensor([1]), ids[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="`input_ids` has 12 tokens, but after the 5 positions.*sequence of 12"):
+        model(None, ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="`class_labels` must be left out"):
+        model(torch.tensor([1]), ids[:, :2], past_key_values=cache)
+    assert model(None, ids[:, :8], past_key_values=cache).logits.shape == (1, 7, 9)
+
+
+def test_several_factors_need_factor_layers():
+    with pytest.raises(StrictDataclassClassValidationError, match="`num_factor_layers` must be at least 1"):
+        IFSQARConfig(vocab_sizes=[3, 4], num_factor_layers=0)
+    assert IFSQARConfig(vocab_sizes=[12], num_factor_layers=0).num_factor_layers == 0

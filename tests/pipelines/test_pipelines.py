@@ -547,3 +547,10 @@ def test_a_callback_that_changes_nothing(run, kind):
     expected = run(kind, generator=generators(0), output_type="latent")
     changed = run(kind, generator=generators(0), output_type="latent", callback_on_step_end=lambda *_: {})
     assert torch.equal(changed, expected)
+
+
+def test_unknown_class_names_that_are_part_of_others(make_pipeline):
+    names = ["house finch", "goldfinch", "fence", "inch", "bee"]
+    pipeline = make_pipeline("ar", id2label=dict(enumerate(names)))
+    with pytest.raises(ValueError, match=r"'Finch', which is none.*one of \['house finch', 'goldfinch'\]\?"):
+        pipeline("Finch")

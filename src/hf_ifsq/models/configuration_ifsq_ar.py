@@ -130,6 +130,11 @@ class IFSQARConfig(PreTrainedConfig):
                 f"`vocab_sizes` has {len(self.vocab_sizes)} factors, but the rotary table of a grid of "
                 f"{self.grid_size} has positions for only {self.num_tokens + 1}."
             )
+        if len(self.vocab_sizes) > 1 and self.num_factor_layers < 1:
+            raise ValueError(
+                f"`num_factor_layers` must be at least 1 for {len(self.vocab_sizes)} factors, which would not see one "
+                f"another, got {self.num_factor_layers}."
+            )
         if self.hidden_size % (4 * self.num_attention_heads):
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of 4 * `num_attention_heads` "

@@ -25,6 +25,9 @@ GUIDANCE_SCHEDULES = {
     "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
 }
 
+# Of compiled layers, for as many combinations of rows, dtype and device.
+MAX_KEPT_CACHES = 4
+
 
 class PreallocatedLayer(DynamicLayer):
     """
@@ -79,8 +82,10 @@ def preallocated_cache(num_layers: int, length: int) -> Cache:
 
 def static_cache(num_layers: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Cache:
     """A cache of `(rows, heads, length, head_dim)` a layer at fixed addresses, as CUDA graphs need it."""
-    cache = Cache(layers=[StaticLayer(max_cache_len=shape[2]) for _ in range(num_layers)])
-    cache.early_initialization(shape[0], shape[1], shape[3], dtype, device)
+    # What is made in inference mode could not be written to outside.
+    with torch.inference_mode(False):
+        cache = Cache(layers=[StaticLayer(max_cache_len=shape[2]) for _ in range(num_layers)])
+        cache.early_initialization(shape[0], shape[1], shape[3], dtype, device)
     return cache
 
 
@@ -247,7 +252,8 @@ class IFSQARGenerationMixin:
                 one for all images or one each, see [`~hf_ifsq.randomness.image_generators`]. What is sampled for an
                 image depends on its generator and label alone.
             callback (`Callable[[int, torch.LongTensor], None]`, *optional*):
-                called after each step with the number of tokens generated and the ids, `(batch, num_tokens)`.
+                called after each step with the number of tokens generated and the ids, `(batch, num_tokens)`, which
+                it may change, and which change when it goes on.
 
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`: whole token ids in raster order.
@@ -261,6 +267,11 @@ class IFSQARGenerationMixin:
         device = class_labels.device
         scales = guidance_scales(num_tokens, guidance_scale, guidance_schedule, guidance_interval)
         num_guided = max((step + 1 for step, scale in enumerate(scales) if scale > 1), default=0)
+        if guidance_scale > 1 and not num_guided:
+            raise ValueError(
+                f"`guidance_interval` {guidance_interval} has none of the {num_tokens} tokens of an image, or "
+                f"`guidance_schedule` {guidance_schedule!r} does not begin there: no token would be guided."
+            )
         uniforms = None
         if do_sample:
             processors = processors_of_factors(num_factors, temperature, top_k, top_p)
@@ -268,7 +279,7 @@ class IFSQARGenerationMixin:
         if num_guided:
             class_labels = torch.cat([class_labels, torch.full_like(class_labels, self.config.num_classes)])
         rows = len(class_labels)
-        grid_layers, factor_layers = self._cached_layers(rows, device)
+        grid_layers, factor_layers = cached_layers = self._cached_layers(rows, device)
         indices = torch.zeros(batch, num_tokens, dtype=torch.long, device=device)
         finite = torch.tensor(True, device=device)
 
@@ -281,7 +292,8 @@ class IFSQARGenerationMixin:
             factor_layers.cache.reset()
             for position, head in enumerate(self.lm_heads):
                 hidden_states = factor_layers.step(hidden_states, position)
-                logits = head(self.norm(hidden_states))[:, -1].float()
+                # On another device only where the model is spread over several.
+                logits = head(self.norm(hidden_states))[:, -1].float().to(device)
                 if scale > 1:
                     cond, uncond = logits.chunk(2)
                     logits = uncond + scale * (cond - uncond)
@@ -307,30 +319,47 @@ class IFSQARGenerationMixin:
             hidden_states = self.model.embed(input_ids=indices[:, step : step + 1].repeat(rows // batch, 1))
         # Asked once, at the end: it makes the host wait for the device.
         if not finite:
-            raise ValueError("The model's logits are not finite: its weights hold NaN or infinity.")
+            raise ValueError(
+                "The model's logits are not finite: its weights hold NaN or infinity, or overflow in float16."
+            )
+        self._keep_for_next_time(cached_layers, rows, device)
         return indices
 
     def _cached_layers(self, rows: int, device: torch.device) -> list[CachedLayers]:
         """The layers over the grid and those over the factors, with empty caches."""
-        key = (rows, self.dtype, device)
-        if self._compiled_layers is not None and key in self._compiled_layers:
-            for layers in self._compiled_layers[key]:
-                layers.cache.reset()
-            return self._compiled_layers[key]
-        cached_layers = []
         lengths = (self.config.num_tokens, len(self.config.vocab_sizes))
-        for layers, length in zip((self.model.layers, self.factor_layers), lengths, strict=True):
-            cos, sin = (part[:length] for part in self.model.rotary_table(device))
-            if self._compiled_layers is None:
-                cached_layers.append(CachedLayers(layers, (cos, sin), preallocated_cache(len(layers), length)))
-                continue
-            shape = (rows, self.config.num_attention_heads, length, cos.shape[1])
-            cache = static_cache(len(layers), shape, self.dtype, device)
-            mask = torch.full((1, 1, length, length), -torch.inf, dtype=self.dtype, device=device).triu(1)
-            cached_layers.append(CachedLayers(layers, (cos, sin), cache, mask))
-        if self._compiled_layers is not None:
-            self._compiled_layers[key] = cached_layers
+        stacks = [
+            (layers, tuple(part[:length] for part in self.model.rotary_table(device)))
+            for layers, length in zip((self.model.layers, self.factor_layers), lengths, strict=True)
+        ]
+        if self._compiled_layers is None:
+            return [
+                CachedLayers(layers, rotary, preallocated_cache(len(layers), len(rotary[0])))
+                for layers, rotary in stacks
+            ]
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
+        # Taken out while they are in use: a callback that generates must not find them.
+        cached_layers = self._compiled_layers.pop((rows, dtype, device), None)
+        if cached_layers is None:
+            cached_layers = []
+            for layers, (cos, sin) in stacks:
+                length, head_dim = cos.shape
+                cache = static_cache(
+                    len(layers), (rows, self.config.num_attention_heads, length, head_dim), dtype, device
+                )
+                mask = torch.full((1, 1, length, length), -torch.inf, dtype=dtype, device=device).triu(1)
+                cached_layers.append(CachedLayers(layers, (cos, sin), cache, mask))
+        for layers in cached_layers:
+            layers.cache.reset()
         return cached_layers
+
+    def _keep_for_next_time(self, cached_layers: list[CachedLayers], rows: int, device: torch.device) -> None:
+        """Compiled layers run faster with a cache at the addresses that they have seen. Only the newest few stay."""
+        if self._compiled_layers is not None:
+            dtype = cached_layers[0].mask.dtype
+            self._compiled_layers[rows, dtype, device] = cached_layers
+            while len(self._compiled_layers) > MAX_KEPT_CACHES:
+                del self._compiled_layers[next(iter(self._compiled_layers))]
 
     def _check_generate_inputs(
         self,
@@ -342,7 +371,7 @@ class IFSQARGenerationMixin:
         self._check_class_labels(class_labels)
         if self.training:
             raise ValueError("The model is in training mode, with dropout: call `model.eval()` before `generate`.")
-        if not guidance_scale >= 1.0:
+        if not 1.0 <= guidance_scale < math.inf:
             raise ValueError(f"`guidance_scale` must be at least 1.0, which turns guidance off, got {guidance_scale}.")
         if guidance_scale > 1.0 and self.config.class_dropout_prob == 0:
             raise ValueError(

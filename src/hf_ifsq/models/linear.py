@@ -31,12 +31,18 @@ class Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
+        weight = self.weight
         if (
             HAS_ONEDNN
-            and input.device.type == self.weight.device.type == "cpu"
-            and input.dtype == self.weight.dtype == torch.float32
+            and torch.backends.mkldnn.enabled
+            and input.device.type == weight.device.type == "cpu"
+            and input.dtype == weight.dtype == torch.float32
+            # Subclasses, such as quantized weights, have products of their own.
+            and type(weight) is nn.Parameter
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
+            # What is exported must run where this package is not installed.
+            and not torch.compiler.is_exporting()
         ):
             multiply = opaque_linear if torch.compiler.is_compiling() else onednn_linear
             return multiply(input, self.weight, self.bias)

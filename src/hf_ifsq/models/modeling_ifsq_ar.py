@@ -314,29 +314,29 @@ class IFSQARModel(IFSQARPreTrainedModel):
         return torch.cat(embeddings, dim=1)
 
 
-def linear_cross_entropy(hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     Mean cross-entropy of a linear head. Its scores, which over a codebook of 83,521 would be the largest tensors of a
     training step by far, are computed some rows at a time, and once more for the gradients.
 
     Args:
+        head (`torch.nn.Linear`): from `hidden_size` to `vocab_size`.
         hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
-        weight (`torch.Tensor` of shape `(vocab_size, hidden_size)`): the head.
         targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
 
     Returns:
         `torch.Tensor`: nats, a float32 scalar.
     """
-    device_type, dtype = hidden_states.device.type, weight.dtype
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    device_type = hidden_states.device.type
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
     def summed_losses(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        # Cast here and not by autocast, which keeps one copy: its gradients would be added up in low precision.
-        scores = F.linear(states.to(dtype), weight.to(dtype))
+        # With its cache, autocast would add up the gradients of all parts in low precision.
+        with torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False):
+            scores = head(states)
         return F.cross_entropy(scores.float(), ids, reduction="sum")
 
-    rows = max(1, MAX_SCORES // len(weight))
+    rows = max(1, MAX_SCORES // head.out_features)
     if len(targets) <= rows:
         total = summed_losses(hidden_states, targets)
     else:
@@ -451,7 +451,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         """
         self._compiled_layers = {}
         for layers in (self.model.layers, self.factor_layers):
-            layers.compile(**kwargs)
+            if len(layers) > 0:
+                layers.compile(**kwargs)
 
     def _states_of_factors(self, hidden_states: torch.Tensor, factors: list[torch.Tensor]) -> list[torch.Tensor]:
         """What each head reads, `(batch, sequence, hidden_size)`, given the true values of the factors before it."""
@@ -478,9 +479,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         ]
         if logits is None:
             inputs = zip(states, self.lm_heads, targets, strict=True)
-            return tuple(
-                linear_cross_entropy(state.flatten(0, 1), head.weight, target) for state, head, target in inputs
-            )
+            return tuple(linear_cross_entropy(head, state.flatten(0, 1), target) for state, head, target in inputs)
         return tuple(
             F.cross_entropy(scores.flatten(0, 1).float(), target)
             for scores, target in zip(logits, targets, strict=True)
@@ -521,6 +520,15 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
                 )
         elif past_key_values is None:
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")
+        if past_key_values is not None:
+            seen = int(past_key_values.get_seq_length())
+            if class_labels is not None and seen > 0:
+                raise ValueError("`class_labels` must be left out: `past_key_values` holds the class already.")
+            if seen + (class_labels is not None) + input_ids.shape[1] - 1 > longest:
+                raise ValueError(
+                    f"`input_ids` has {input_ids.shape[1]} tokens, but after the {seen} positions of "
+                    f"`past_key_values` there is no room for them in a sequence of {longest}."
+                )
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."

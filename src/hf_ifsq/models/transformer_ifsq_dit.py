@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional as F
 
+from .linear import Linear
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
 
@@ -53,12 +54,12 @@ class IFSQDiTAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.to_qkv = Linear(hidden_size, 3 * hidden_size)
         # The official code gives the layer norm of queries and keys weights and PyTorch's default epsilon.
         eps = 1e-6 if qk_norm == "rms_norm" else 1e-5
         self.norm_q = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
         self.norm_k = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
-        self.to_out = nn.Linear(hidden_size, hidden_size)
+        self.to_out = Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """`(batch, patches, hidden_size)` to the same."""
@@ -78,10 +79,10 @@ class IFSQDiTFeedForward(nn.Module):
         self.activation_fn = activation_fn
         if activation_fn == "swiglu":
             inner_size = 2 * inner_size // 3
-            self.proj_in = nn.Linear(hidden_size, 2 * inner_size)
+            self.proj_in = Linear(hidden_size, 2 * inner_size)
         else:
-            self.proj_in = nn.Linear(hidden_size, inner_size)
-        self.proj_out = nn.Linear(inner_size, hidden_size)
+            self.proj_in = Linear(hidden_size, inner_size)
+        self.proj_out = Linear(inner_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, patches, hidden_size)` to the same."""
@@ -109,7 +110,7 @@ class IFSQDiTBlock(nn.Module):
         self.attn = IFSQDiTAttention(hidden_size, num_heads, qk_norm)
         self.norm2 = _norm(norm_type, hidden_size)
         self.ff = IFSQDiTFeedForward(hidden_size, inner_size, activation_fn)
-        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.modulation = Linear(hidden_size, 6 * hidden_size)
 
     def forward(
         self, hidden_states: torch.Tensor, condition: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
@@ -217,8 +218,8 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             ]
         )
         self.norm_out = _norm(norm_type, hidden_size)
-        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = nn.Linear(hidden_size, patch_size**2 * in_channels)
+        self.modulation_out = Linear(hidden_size, 2 * hidden_size)
+        self.proj_out = Linear(hidden_size, patch_size**2 * in_channels)
         self._init_weights()
 
     @classmethod

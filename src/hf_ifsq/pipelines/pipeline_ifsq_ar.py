@@ -58,14 +58,14 @@ class IFSQARPipeline(ClassConditionalPipeline):
 
     def compile(self, **kwargs: Any) -> None:
         """
-        Compile the generator's layers by [`torch.compile`]: the first call for a batch size takes its time, later ones
-        are faster, on GPUs most of all.
+        Compile the generator's layers by [`torch.compile`]: the first calls take their time, later ones are faster, on
+        GPUs most of all.
 
         Args:
-            kwargs: arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
-                `mode="reduce-overhead"` records CUDA graphs.
+            kwargs: arguments of `torch.compile` beside `fullgraph=True`; on a GPU, `mode="reduce-overhead"` records
+                CUDA graphs.
         """
-        self.transformer.compile(**{"fullgraph": True, "dynamic": False, **kwargs})
+        self.transformer.compile(**{"fullgraph": True, **kwargs})
 
     @torch.no_grad()
     def __call__(
@@ -167,7 +167,12 @@ class IFSQARPipeline(ClassConditionalPipeline):
     def _call_back(self, callback: Callable[[Any, int, int, dict], dict], step: int, indices: torch.Tensor) -> None:
         """Show the ids to the user's function and take over what it changes."""
         codebook_size = self.transformer.config.codebook_size
-        changed = callback(self, step, step, {"indices": indices}).get("indices", indices)
+        changed = callback(self, step, step, {"indices": indices.clone()}).get("indices", indices)
+        if changed.shape != indices.shape or changed.dtype != indices.dtype:
+            raise ValueError(
+                f"`callback_on_step_end` must return `indices` of shape {tuple(indices.shape)} and {indices.dtype}, "
+                f"got {tuple(changed.shape)} and {changed.dtype}."
+            )
         if changed.min() < 0 or changed.max() >= codebook_size:
             raise ValueError(
                 f"`callback_on_step_end` must return `indices` in [0, {codebook_size}), "

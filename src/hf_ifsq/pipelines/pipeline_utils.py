@@ -74,7 +74,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if len(ids) > 1:
                 raise ValueError(f"`class_labels` has {name!r}, the name of several classes: give one of {ids}.")
             if not ids:
-                close = difflib.get_close_matches(name, labels, n=5, cutoff=0.3) or list(labels)[:5]
+                containing = [other for other in labels if name and name.lower() in other.lower()]
+                similar = difflib.get_close_matches(name, labels, n=5, cutoff=0.3)
+                close = (containing or similar or list(labels))[:5]
                 hint = f"Did you mean one of {close}?" if labels else "The generator's config has no `id2label`."
                 raise ValueError(
                     f"`class_labels` has {name!r}, which is none of the {len(labels)} class names. {hint}"

@@ -197,6 +197,11 @@ class GeneratorArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance_scale > 1 and self.class_dropout_prob == 0:
+            raise ValueError(
+                f"`guidance_scale` of the validation pictures must be 1.0 without `class_dropout_prob`, which trains "
+                f"the null class, got {self.guidance_scale}."
+            )
         if self.token_dataset is None:
             if self.tokenizer is None:
                 raise ValueError("Give `tokenizer`, or a `token_dataset`, which names its tokenizer; got neither.")
