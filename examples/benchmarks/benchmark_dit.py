@@ -7,13 +7,14 @@ A step is one call of the transformer; with guidance it has two rows an image. A
 one run, so that whatever else the machine does slows all of them, and medians are reported. Weights are random: they
 make no difference to the time.
 
-- `floor`: the matrix products of the linear layers alone, the least that a step can take.
+- `floor`: the matrix products alone, those of the linear layers and of attention, the least that a step can take.
 - `ours`, `ours compiled`: `IFSQDiTTransformer2DModel`, with rotary positions and normalized queries and keys.
 - `diffusers`, `diffusers compiled`: `DiTTransformer2DModel`, which has neither.
 """
 
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def measure(
     floor_rows = {"time_embed": rows, "modulation_out": rows, "proj_out": tokens}
     floor_rows |= {f"blocks.{index}.modulation": rows for index in range(len(model.blocks))} | {"blocks": tokens}
     calls = {
-        "floor": lambda: linear_layers(model, floor_rows),
+        "floor": lambda: matrix_products(model, floor_rows, latents),
         "ours": lambda: partial(model, latents, t, labels),
         "ours compiled": lambda: partial(compiled(model), latents, t, labels),
         "diffusers": lambda: partial(peer, latents, timestep=1000 * t, class_labels=labels),
@@ -97,7 +98,7 @@ def measure(
             # The first turn warms up.
             if turn > 0:
                 measured[name].append((seconds, memory.peak()))
-    operations = linear_operations(model, floor_rows)
+    operations = count_operations(model, floor_rows)
     table = []
     for name, values in measured.items():
         seconds, memory = (statistics.median(column) for column in zip(*values, strict=True))
@@ -137,14 +138,34 @@ def compiled(model: ModelMixin) -> ModelMixin:
     return other
 
 
-def linear_operations(model: IFSQDiTTransformer2DModel, rows: dict[str, int]) -> int:
-    """Of the linear layers in a step, a multiplication and an addition each."""
+def matrix_products(
+    model: IFSQDiTTransformer2DModel, rows: dict[str, int], latents: torch.Tensor
+) -> Callable[[], None]:
+    """A function that runs the linear layers once, and the two products of attention in each block."""
+    run_linear_layers = linear_layers(model, rows)
+    num_heads, head_dim = model.config.num_attention_heads, model.config.attention_head_dim
+    tokens = rows["blocks"] // len(latents)
+    query, key, value = (latents.new_ones(len(latents), num_heads, tokens, head_dim) for _ in range(3))
+
+    @torch.no_grad()
+    def run() -> None:
+        run_linear_layers()
+        for _ in model.blocks:
+            (query @ key.mT) @ value
+
+    return run
+
+
+def count_operations(model: IFSQDiTTransformer2DModel, rows: dict[str, int]) -> int:
+    """Of the matrix products of a step, a multiplication and an addition each."""
     operations = 0
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             count = next(count for prefix, count in rows.items() if name.startswith(prefix))
             operations += 2 * count * module.weight.numel()
-    return operations
+    tokens_of_a_row = rows["blocks"] // rows["time_embed"]
+    hidden_size = model.config.num_attention_heads * model.config.attention_head_dim
+    return operations + len(model.blocks) * 2 * 2 * rows["blocks"] * tokens_of_a_row * hidden_size
 
 
 if __name__ == "__main__":

@@ -47,12 +47,18 @@ def apply_rotary_2d(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
     Turn neighbouring channel pairs by their position, computed in the dtype of the table.
 
     Args:
-        states (`torch.Tensor` of shape `(..., sequence, head_dim)`): queries or keys.
+        states (`torch.Tensor` of shape `(..., sequence, head_dim)`): queries or keys, channels next to each other.
         cos, sin (`torch.Tensor` of shape `(sequence, head_dim)`): rows of [`rotary_table_2d`].
 
     Returns:
         `torch.Tensor` of the shape and dtype of `states`.
     """
-    first, second = states.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-second, first), dim=-1).flatten(-2)
-    return (states * cos + turned * sin).to(states.dtype)
+    pairs = states.to(torch.promote_types(states.dtype, cos.dtype)).unflatten(-1, (-1, 2))
+    cos, sin = cos[..., ::2], sin[..., ::2]
+    if torch.compiler.is_compiling():
+        first, second = pairs.unbind(-1)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        # The same in one pass over the memory. Compilers do without: they know no complex numbers.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(states.dtype)

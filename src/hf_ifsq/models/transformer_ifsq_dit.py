@@ -44,7 +44,7 @@ def _norm(norm_type: str | None, size: int, eps: float = 1e-6, layer_norm_weight
 
 
 def _modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return hidden_states * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], hidden_states, 1 + scale[:, None])
 
 
 class IFSQDiTAttention(nn.Module):
@@ -63,11 +63,11 @@ class IFSQDiTAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """`(batch, patches, hidden_size)` to the same."""
-        qkv = self.to_qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        query = apply_rotary_2d(self.norm_q(query), *rotary)
-        key = apply_rotary_2d(self.norm_k(key), *rotary)
-        attended = F.scaled_dot_product_attention(query, key, value)
+        query, key, value = self.to_qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        # Heads come before patches only after the norms, which run through memory in its order.
+        query = apply_rotary_2d(self.norm_q(query).transpose(1, 2), *rotary)
+        key = apply_rotary_2d(self.norm_k(key).transpose(1, 2), *rotary)
+        attended = F.scaled_dot_product_attention(query, key, value.transpose(1, 2))
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
@@ -119,9 +119,9 @@ class IFSQDiTBlock(nn.Module):
         parts = self.modulation(F.silu(condition)).chunk(6, dim=-1)
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = parts
         attended = self.attn(_modulate(self.norm1(hidden_states), shift_attn, scale_attn), rotary)
-        hidden_states = hidden_states + gate_attn[:, None] * attended
+        hidden_states = torch.addcmul(hidden_states, gate_attn[:, None], attended)
         fed = self.ff(_modulate(self.norm2(hidden_states), shift_ff, scale_ff))
-        return hidden_states + gate_ff[:, None] * fed
+        return torch.addcmul(hidden_states, gate_ff[:, None], fed)
 
 
 class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
