@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARModel
-from hf_ifsq.models import modeling_ifsq_ar
+from hf_ifsq.models import linear
 
 
 FACTORS = {1: [12], 2: [4, 3], 3: [3, 5, 2], 4: [2, 3, 2, 4]}
@@ -548,7 +548,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [3, 7, 100])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_linear_cross_entropy_equals_that_of_all_scores(monkeypatch, rows, bfloat16):
-    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 50 * rows)
+    monkeypatch.setattr(linear, "MAX_SCORES", 50 * rows)
     states, head = torch.randn(20, 6, requires_grad=True), torch.nn.Linear(6, 50, bias=False)
     targets = torch.randint(50, (20,))
     targets[[2, 11]] = -100
@@ -558,7 +558,7 @@ def test_linear_cross_entropy_equals_that_of_all_scores(monkeypatch, rows, bfloa
             loss = function()
         return loss, torch.autograd.grad(loss, (states, head.weight))
 
-    loss, gradients = run(lambda: modeling_ifsq_ar.linear_cross_entropy(head, states, targets))
+    loss, gradients = run(lambda: linear.linear_cross_entropy(head, states, targets))
     expected, expected_gradients = run(lambda: F.cross_entropy(head(states).float(), targets))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
@@ -572,7 +572,7 @@ def test_training_never_holds_all_scores(make_ar, monkeypatch, vocab_sizes):
     indices = torch.randint(model.config.codebook_size, (50, 12))
     expected = model(class_labels, indices, labels=indices)
     # Fewer than the weights of a head.
-    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 64 * 3000)
+    monkeypatch.setattr(linear, "MAX_SCORES", 64 * 3000)
     model.config.class_dropout_prob = 0.0
     with LargestTensor() as largest:
         output = model.train()(class_labels, indices, labels=indices)

@@ -1,11 +1,16 @@
-"""The linear layer of both generators."""
+"""The linear layer of both generators, and the loss of one with very many outputs."""
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 # The operator that `torch.compile` takes for frozen linear layers on CPUs.
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+# Scores that exist at a time in the training of a head: 256 MiB in float32.
+MAX_SCORES = 2**26
 
 
 def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -47,3 +52,34 @@ class Linear(nn.Linear):
             multiply = opaque_linear if torch.compiler.is_compiling() else onednn_linear
             return multiply(input, self.weight, self.bias)
         return super().forward(input)
+
+
+def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Mean cross-entropy of a linear head. Its scores, which over a codebook of 83,521 would be the largest tensors of a
+    training step by far, are computed some rows at a time, and once more for the gradients.
+
+    Args:
+        head (`torch.nn.Linear`): from `hidden_size` to `vocab_size`.
+        hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
+        targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
+
+    Returns:
+        `torch.Tensor`: nats, a float32 scalar.
+    """
+    device_type = hidden_states.device.type
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def summed_losses(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # With its cache, autocast would add up the gradients of all parts in low precision.
+        with torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False):
+            scores = head(states)
+        return F.cross_entropy(scores.float(), ids, reduction="sum")
+
+    rows = max(1, MAX_SCORES // head.out_features)
+    if len(targets) <= rows:
+        total = summed_losses(hidden_states, targets)
+    else:
+        parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        total = sum(checkpoint(summed_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
+    return total / (targets != -100).sum()

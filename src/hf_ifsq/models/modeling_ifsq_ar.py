@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, initialization
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
@@ -18,13 +17,9 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin, preallocated_cache
-from .linear import Linear
+from .linear import Linear, linear_cross_entropy
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
-
-
-# Scores that exist at a time in the training of a head: 256 MiB in float32.
-MAX_SCORES = 2**26
 
 
 @dataclass
@@ -312,37 +307,6 @@ class IFSQARModel(IFSQARPreTrainedModel):
         if not embeddings:
             raise ValueError("Give `class_labels`, `input_ids` or both: there is nothing to run the model on.")
         return torch.cat(embeddings, dim=1)
-
-
-def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Mean cross-entropy of a linear head. Its scores, which over a codebook of 83,521 would be the largest tensors of a
-    training step by far, are computed some rows at a time, and once more for the gradients.
-
-    Args:
-        head (`torch.nn.Linear`): from `hidden_size` to `vocab_size`.
-        hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
-        targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
-
-    Returns:
-        `torch.Tensor`: nats, a float32 scalar.
-    """
-    device_type = hidden_states.device.type
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-
-    def summed_losses(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        # With its cache, autocast would add up the gradients of all parts in low precision.
-        with torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False):
-            scores = head(states)
-        return F.cross_entropy(scores.float(), ids, reduction="sum")
-
-    rows = max(1, MAX_SCORES // head.out_features)
-    if len(targets) <= rows:
-        total = summed_losses(hidden_states, targets)
-    else:
-        parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
-        total = sum(checkpoint(summed_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts)
-    return total / (targets != -100).sum()
 
 
 class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
