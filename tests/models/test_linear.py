@@ -58,3 +58,16 @@ def test_onednn_is_for_float32_alone():
     with torch.autocast("cpu", torch.bfloat16):
         assert not uses_onednn(layer, inputs)
         assert layer(inputs).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_derivatives_in_a_direction():
+    layer, inputs, direction = Linear(8, 5), torch.randn(3, 8), torch.randn(3, 8)
+    _, derivative = torch.func.jvp(layer, (inputs,), (direction,))
+    torch.testing.assert_close(derivative, direction @ layer.weight.T)
+
+
+@torch.no_grad()
+def test_onednn_can_be_turned_off():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not uses_onednn(Linear(8, 5), torch.randn(3, 8))

@@ -1,5 +1,6 @@
 import copy
 import math
+import pickle
 import re
 
 import pytest
@@ -379,3 +380,18 @@ def test_compiled(make_dit):
     other.proj_out.bias.data += 1
     torch.testing.assert_close(other(*inputs).sample, expected + 1)
     torch.testing.assert_close(model(*inputs).sample, expected)
+
+
+@pytest.mark.parametrize("options", [{"id2label": {1: "a", 2: "b"}, "num_classes": 2}, {"levels": (5, 5, 5)}], ids=str)
+def test_names_and_levels_that_do_not_fit(options):
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"`{name}` must"):
+        IFSQDiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, **options)
+
+
+def test_pickle_of_a_compiled_model(make_dit):
+    model = make_dit()
+    model.compile(backend="eager")
+    copy = pickle.loads(pickle.dumps(model))
+    inputs = (torch.randn(1, 3, 4, 6), torch.tensor([0.5]), torch.tensor([1]))
+    assert torch.equal(copy(*inputs).sample, model(*inputs).sample)

@@ -167,7 +167,8 @@ def test_timesteps_that_are_rounded_to_the_same_number(make_exact_pipeline):
 # --- times ---
 
 
-@pytest.mark.parametrize("shift", [1.0, 0.3, 3.0])
+# Shifts of a third and 0.4 round the first sigma above 1.
+@pytest.mark.parametrize("shift", [1.0, 0.3, 1 / 3, 0.4, 3.0])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_times_of_the_model(make_exact_pipeline, name, shift):
     pipeline = make_exact_pipeline(name, shift)
@@ -226,6 +227,13 @@ def test_guidance_interval(make_exact_pipeline, name, interval, counts):
         assert labels == ([0, 1, 2, 2] if interval[0] <= t <= interval[1] else [0, 1])
     expected = len(calls) if counts is None else counts[list(SCHEDULERS).index(name)]
     assert sum(len(labels) == 4 for _, labels in calls) == expected
+
+
+@pytest.mark.parametrize("interval, guided", [((0.8, 1.0), 2), ((0.0, 0.3), 4), ((0.1, 0.1), 1)])
+def test_ends_of_the_guidance_interval_are_part_of_it(make_exact_pipeline, interval, guided):
+    pipeline = make_exact_pipeline("euler")
+    pipeline(0, num_inference_steps=10, guidance_scale=3.0, guidance_interval=interval, **LATENTS)
+    assert sum(len(labels) == 2 for _, labels in pipeline.transformer.calls) == guided
 
 
 # --- snapping, callbacks, batches, compilation ---
@@ -290,6 +298,14 @@ def test_latents_changed_by_the_callback_are_gone_on_from(make_exact_pipeline, n
 def test_latents_of_another_shape_from_the_callback(make_exact_pipeline):
     with pytest.raises(ValueError, match=r"`callback_on_step_end` must return `latents` of shape \(1, 2, 3, 4\)"):
         make_exact_pipeline("euler")(0, callback_on_step_end=lambda *_: {"latents": torch.zeros(1, 2, 4, 3)})
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tokenizer_class", [VQModel, AutoencoderKL])
+def test_latents_that_are_not_finite_give_no_picture(make_dit, make_baseline, tokenizer_class, bad):
+    pipeline = IFSQDiTPipeline(make_dit(sample_size=4), make_baseline(tokenizer_class), SCHEDULERS["euler"](1.0))
+    with pytest.raises(ValueError, match="latents are not finite any more.*`callback_on_step_end` returned NaN"):
+        pipeline(0, num_inference_steps=3, callback_on_step_end=lambda *_: {"latents": torch.full((1, 3, 4, 4), bad)})
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

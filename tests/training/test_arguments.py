@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_ifsq.training.arguments import TrainingArguments, parse_args
+from hf_ifsq.training.arguments import GeneratorArguments, TrainingArguments, parse_args
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -186,3 +186,16 @@ def test_help_names_every_argument():
     code = "from hf_ifsq.training.arguments import *; parse_args(TrainingArguments, ['--help'])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert all(f"--{entry.name}" in output for entry in fields(TrainingArguments))
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"guidance_scale": 2.0, "class_dropout_prob": 0.0}, "guidance_scale"),
+        ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"num_images_per_label": 0}, "num_images_per_label"),
+    ],
+)
+def test_validation_pictures_that_could_not_be_made(options, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        GeneratorArguments(dataset_name="images", tokenizer="tokenizer", **options)

@@ -47,7 +47,8 @@ def assemble_pipeline(
     autoregressive = isinstance(generator, IFSQARForImageGeneration)
     if not autoregressive and not isinstance(generator, IFSQDiTTransformer2DModel):
         raise ValueError(f"`tokenizer` must be left out for {type(generator).__name__}, which is no generator.")
-    grid_size = generator.config.grid_size if autoregressive else [generator.config.sample_size] * 2
+    grid_size = generator.config.grid_size if autoregressive else generator.config.sample_size
+    grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     # Twice: how many pixels a cell has is known of a loaded tokenizer, and what is made of its config when it loads.
     loaded = load_image_tokenizer(tokenizer)
     rows, columns = (cells * loaded.downsampling_factor for cells in grid_size)

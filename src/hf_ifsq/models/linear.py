@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -44,7 +45,9 @@ class Linear(nn.Linear):
             and input.dtype == weight.dtype == torch.float32
             # Subclasses, such as quantized weights, have products of their own.
             and type(weight) is nn.Parameter
+            # Neither gradients nor, by `torch.func.jvp`, derivatives in a direction.
             and not torch.is_grad_enabled()
+            and forward_ad._current_level < 0
             and not torch.is_autocast_enabled("cpu")
             # What is exported must run where this package is not installed.
             and not torch.compiler.is_exporting()

@@ -292,6 +292,10 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         # The function of the class, not the method: a copy of the model must not run the weights of the original.
         self._compiled_predict = torch.compile(type(self)._predict, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As of any module: what is compiled is no part of a copy or of a pickle."""
+        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_predict"}
+
     def _predict(
         self,
         hidden_states: torch.Tensor,
@@ -372,6 +376,13 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         id2label, num_classes = self.config.id2label, self.config.num_classes
         if id2label is not None and len(id2label) != num_classes:
             raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
+        if id2label is not None and set(id2label) != set(range(num_classes)):
+            raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {sorted(id2label)}.")
+        levels = self.config.levels
+        if levels is not None and len(levels) != self.config.in_channels:
+            raise ValueError(
+                f"`levels` must be one for each of the {self.config.in_channels} `in_channels`, got {list(levels)}."
+            )
 
     def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
         channels, patch_size = self.config.in_channels, self.config.patch_size

@@ -77,7 +77,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         for name in ("levels", "scaling_factor"):
             expected, got = transformer.config[name], getattr(tokenizer, name)
             # Tuples of a config come back from JSON as lists.
-            if expected is not None and np.any(np.asarray(expected) != np.asarray(got)):
+            if expected is not None and np.asarray(expected).tolist() != np.asarray(got).tolist():
                 raise ValueError(
                     f"`transformer` was trained on codes with the `{name}` {expected}, but `tokenizer` has {got}: use "
                     "the tokenizer that the model was trained with."
@@ -208,15 +208,25 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         num_calls = len(scheduler.timesteps)
         for call, timestep in enumerate(scheduler.timesteps):
             t = 1 - sigmas[call]
-            guided = guidance_scale > 1 and guidance_interval[0] <= t <= guidance_interval[1]
+            # Sigmas are rounded to float32: 1 - 0.7 is not quite 0.3.
+            guided = guidance_scale > 1 and guidance_interval[0] - 1e-6 <= t <= guidance_interval[1] + 1e-6
             velocity = self._predict_velocity(latents, t, labels, guidance_scale if guided else 1.0)
             if call == 0 and not torch.isfinite(velocity).all():
-                raise ValueError("The predicted velocity is not finite: the weights or `latents` hold NaN.")
+                raise ValueError(
+                    "The predicted velocity is not finite: the weights or `latents` hold NaN, or `transformer` "
+                    f"overflows in {self.transformer.dtype}."
+                )
             # The model's velocity points to the data, a scheduler's to the noise.
             latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
             # A scheduler of order 2 makes a step of two calls, and the last one of one.
             if (call + 1) % scheduler.order == 0 or call + 1 == num_calls:
                 latents = on_step_end(call // scheduler.order, timestep, latents)
+        # The nearest code of NaN would be some code, and give a picture.
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"The latents are not finite any more: `transformer` overflows in {self.transformer.dtype}, or "
+                "`callback_on_step_end` returned NaN."
+            )
         return latents
 
     def _call_back(
@@ -236,7 +246,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         if isinstance(self.scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
             # It would go back to the latents before this step, to correct it, and so undo the change.
             self.scheduler.last_sample = None
-        return changed
+        return changed.to(latents)
 
     def _predict_velocity(
         self, latents: torch.Tensor, t: float, labels: torch.Tensor, guidance_scale: float
@@ -279,14 +289,15 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         else:
             scheduler.set_timesteps(num_inference_steps, device=device)
         sigmas = scheduler.sigmas
-        if not 0.9 <= sigmas[0] <= 1 or sigmas[-1] != 0 or (sigmas.diff() > 0).any():
+        # A shift may round the first one above 1.
+        if not 0.9 <= sigmas[0] <= 1 + 1e-5 or sigmas[-1] != 0 or (sigmas.diff() > 0).any():
             raise ValueError(
                 f"`scheduler` must go from noise (sigma 1) to data (sigma 0), but its sigmas are {sigmas.tolist()}: "
                 f"check the config of {type(scheduler).__name__}."
             )
         # Solvers that take the logarithm of 1 - sigma begin at 0.999, where noise holds some data already: from pure
         # noise that is an error that no number of steps makes smaller.
-        sigmas[0] = max(sigmas[0].item(), 1 - 1e-5)
+        sigmas[0] = min(max(sigmas[0].item(), 1 - 1e-5), 1.0)
         # Otherwise it looks up the first timestep, which may be rounded to the same number as the second.
         scheduler.set_begin_index(0)
 

@@ -140,7 +140,9 @@ def check_finite_weights(model: nn.Module, name: str) -> None:
     bad = [
         key
         for key, weight in model.named_parameters()
-        if weight.is_floating_point() and not weight.is_meta and not torch.isfinite(weight).all()
+        # Numbers of 8 bits have no `isfinite` of their own.
+        if weight.is_floating_point() and not weight.is_meta
+        if not torch.isfinite(weight.float() if weight.itemsize == 1 else weight).all()
     ]
     if bad:
         raise ValueError(

@@ -197,6 +197,7 @@ class GeneratorArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_at_least_one("num_images_per_label", "guidance_scale")
         if self.guidance_scale > 1 and self.class_dropout_prob == 0:
             raise ValueError(
                 f"`guidance_scale` of the validation pictures must be 1.0 without `class_dropout_prob`, which trains "
