@@ -149,11 +149,23 @@ class Setting:
 
     def operations(self) -> int:
         """Of the linear layers in all steps, a multiplication and an addition each."""
-        weights = sum(module.weight.numel() for module in self.model.modules() if isinstance(module, torch.nn.Linear))
+        # The layers over the factors run once for each of them.
+        times = {"factor_layers": len(self.config.vocab_sizes)}
+        weights = sum(
+            module.weight.numel() * times.get(name.split(".")[0], 1)
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        )
         return 2 * self.config.num_tokens * self.rows * weights
 
     def floor(self) -> Callable[[], tuple[float, float]]:
-        run = linear_layers(self.model, {"": self.rows})
+        run_once = linear_layers(self.model, {"model.": self.rows, "lm_heads.": self.rows})
+        run_for_each_factor = linear_layers(self.model, {"factor_layers.": self.rows})
+
+        def run() -> None:
+            run_once()
+            for _ in self.config.vocab_sizes:
+                run_for_each_factor()
 
         def measure() -> tuple[float, float]:
             step = seconds_of(run, self.device, turns=16)

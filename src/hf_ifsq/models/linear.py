@@ -1,7 +1,7 @@
 """The linear layer of both generators, and the loss of one with very many outputs."""
 
 import torch
-from torch import nn
+from torch import library, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +20,7 @@ def onednn_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 
 # For `torch.compile`, which would not find its way through the operator itself.
-opaque_linear = torch.library.custom_op("hf_ifsq::onednn_linear", onednn_linear, mutates_args=())
+opaque_linear = library.custom_op("hf_ifsq::onednn_linear", onednn_linear, mutates_args=())
 
 
 @opaque_linear.register_fake
@@ -53,7 +53,7 @@ class Linear(nn.Linear):
             and not torch.compiler.is_exporting()
         ):
             multiply = opaque_linear if torch.compiler.is_compiling() else onednn_linear
-            return multiply(input, self.weight, self.bias)
+            return multiply(input, weight, self.bias)
         return super().forward(input)
 
 

@@ -423,7 +423,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         if len(self.lm_heads) == 1:
             return [self.norm(hidden_states)]
         # Each token is a short sequence of its own: the hidden state, then the embeddings of all factors but the last.
-        embeddings = [embed(factor) for embed, factor in zip(self.model.embed_tokens, factors[:-1], strict=False)]
+        embeddings = [embed(factor) for embed, factor in zip(self.model.embed_tokens[:-1], factors[:-1], strict=True)]
         sequence = torch.stack([hidden_states, *embeddings], dim=2).flatten(0, 1)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=sequence, attention_mask=None, past_key_values=None
