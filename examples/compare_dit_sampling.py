@@ -125,10 +125,9 @@ class DigitRecognizer:
 
     def __init__(self) -> None:
         import demo
-        from sklearn.svm import SVC
 
         digits, _, labels, _ = demo.load_data()
-        self.classifier = SVC(C=10, gamma="scale").fit(digits.reshape(len(digits), -1), labels)
+        self.classifier = demo.fit_recognizer(digits, labels)
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.classifier.predict(images.flatten(1).add(1).div(2).numpy()))

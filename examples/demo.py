@@ -55,7 +55,7 @@ def main() -> None:
     tokenizer = AutoencoderIFSQ.from_pretrained(OUTPUT / "tokenizer").eval()
     ar = IFSQARPipeline.from_pretrained(OUTPUT / "ar")
     dit = IFSQDiTPipeline.from_pretrained(OUTPUT / "dit")
-    classifier = SVC(C=10, gamma="scale").fit(train_digits.reshape(len(train_digits), -1), train_labels)
+    classifier = fit_recognizer(train_digits, train_labels)
 
     report = {
         **measure_tokenizer(tokenizer, test_digits),
@@ -145,6 +145,11 @@ def measure_tokenizer(tokenizer: AutoencoderIFSQ, digits: np.ndarray) -> dict[st
     pairs = np.concatenate([digits[:count], reconstructions[:count, 0].numpy()])
     save_grid(pairs, columns=count, name="reconstructions")
     return {"psnr_db": psnr.mean().item(), "code_entropy_bits": float(np.mean(entropies))}
+
+
+def fit_recognizer(digits: np.ndarray, labels: np.ndarray) -> SVC:
+    """A support vector machine that recognizes digits, `(count, height, width)`."""
+    return SVC(C=10, gamma="scale").fit(digits.reshape(len(digits), -1), labels)
 
 
 def generate(pipeline: ClassConditionalPipeline, classifier: SVC, name: str, **options: float) -> float:
