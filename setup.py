@@ -35,7 +35,7 @@ setup(
         "hf_ifsq": [
             "py.typed",
             "conversion/imagenet_classes.json",
-            "training/lpips_vgg*",
+            "vision/lpips_vgg*",
             # Folders that `evaluate` loads, and that can be pushed as Spaces.
             *(f"metrics/*/*.{suffix}" for suffix in ("py", "md", "txt", "html")),
         ]

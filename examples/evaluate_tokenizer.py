@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_ifsq.metrics.codebook import CodebookUsage, bounded_values
-from hf_ifsq.metrics.features import FeatureExtractor
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
 from hf_ifsq.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from hf_ifsq.training.arguments import TrainingArguments, argument
 from hf_ifsq.training.data import ImageDataset, load_image_dataset, load_splits
-from hf_ifsq.training.lpips import LPIPS
+from hf_ifsq.vision.lpips import LPIPS
+from hf_ifsq.vision.vision_model import FeatureExtractor
 
 
 LIBRARIES = ("hf-ifsq", "torch", "diffusers", "transformers", "datasets", "numpy", "pillow")

@@ -25,9 +25,9 @@ import hf_ifsq
 from hf_ifsq.models.image_tokenizer import load_image_tokenizer
 from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, parse_args
 from hf_ifsq.training.data import ImageDataset, check_labels, load_image_dataset, read_class_names
-from hf_ifsq.training.repa import Teacher
 from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
 from hf_ifsq.training.tokens import TokenDatasetInfo
+from hf_ifsq.vision.vision_model import Teacher
 
 
 IMAGE_SETTINGS = ("dataset_name", "train_data_dir", *ABOUT_IMAGES, "max_train_samples", "num_augmentations", "seed")

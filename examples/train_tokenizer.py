@@ -24,9 +24,9 @@ from hf_ifsq.models.image_tokenizer import BOTTLENECKS, ImageTokenizer, as_image
 from hf_ifsq.training import adversarial
 from hf_ifsq.training.arguments import TrainingArguments, argument, parse_args
 from hf_ifsq.training.data import ImageDataset, load_image_dataset
-from hf_ifsq.training.lpips import LPIPS
 from hf_ifsq.training.model_card import make_model_card
 from hf_ifsq.training.run import TrainingRun
+from hf_ifsq.vision.lpips import LPIPS
 
 
 # Weight of the bottleneck's own loss where the arguments do not say.

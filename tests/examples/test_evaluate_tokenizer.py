@@ -22,7 +22,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from transformers import AutoModel, ViTConfig, ViTModel
 
 from hf_ifsq import AutoencoderIFSQ
-from hf_ifsq.training.lpips import LPIPS, STAGES
+from hf_ifsq.vision.lpips import LPIPS, STAGES
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate_tokenizer.py"

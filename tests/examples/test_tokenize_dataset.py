@@ -28,8 +28,8 @@ from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import TrainingArguments, parse_args
 from hf_ifsq.training.data import ImageDataset, load_image_dataset
-from hf_ifsq.training.repa import Teacher
 from hf_ifsq.training.tokens import TokenDatasetInfo, load_token_dataset
+from hf_ifsq.vision.vision_model import Teacher
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "tokenize_dataset.py"

@@ -14,7 +14,7 @@ from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.metrics.codebook import CodebookUsage
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
-from hf_ifsq.training.lpips import LPIPS, STAGES
+from hf_ifsq.vision.lpips import LPIPS, STAGES
 
 
 METRICS = Path(str(files("hf_ifsq.metrics")))

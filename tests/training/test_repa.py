@@ -7,7 +7,8 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
-from hf_ifsq.training.repa import RepresentationAlignment, Teacher
+from hf_ifsq.training.repa import RepresentationAlignment
+from hf_ifsq.vision.vision_model import Teacher
 
 
 VIT = {

@@ -17,9 +17,9 @@ from transformers import ViTConfig, ViTModel
 import hf_ifsq
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import GeneratorArguments
-from hf_ifsq.training.repa import Teacher
 from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
 from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, TokenSource, load_token_dataset
+from hf_ifsq.vision.vision_model import Teacher
 
 
 NAMES = [f"class {number}" for number in range(10)]

@@ -19,9 +19,9 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 
 from ..metrics.alignment import CKNNA_NEIGHBORS
 from ..models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from ..vision.vision_model import Teacher
 from .arguments import GeneratorArguments
 from .data import ImageDataset, check_labels, draw, load_image_dataset, read_class_names
-from .repa import Teacher
 
 
 logger = logging.getLogger(__name__)

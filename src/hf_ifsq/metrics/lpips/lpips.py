@@ -7,7 +7,7 @@ import evaluate
 import torch
 
 from hf_ifsq.metrics import images
-from hf_ifsq.training.lpips import LPIPS
+from hf_ifsq.vision.lpips import LPIPS
 
 
 DESCRIPTION = """

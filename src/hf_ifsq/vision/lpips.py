@@ -38,7 +38,7 @@ class LPIPS(nn.Module):
     Example:
 
     ```python
-    from hf_ifsq.training.lpips import LPIPS
+    from hf_ifsq.vision.lpips import LPIPS
 
     lpips = LPIPS()
     loss = lpips(reconstructions, pixel_values).mean()

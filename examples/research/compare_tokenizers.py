@@ -2,7 +2,7 @@
 Compare bottlenecks under one encoder and decoder: iFSQ, FSQ, VQ and KL tokenizers of the same size, trained for the
 same steps on the same images in the same order.
 
-    python examples/compare_tokenizers.py --dataset_name DATASET
+    python examples/research/compare_tokenizers.py --dataset_name DATASET
 
 It trains iFSQ and FSQ at several bits a dimension, with several seeds each, and writes a table, pictures and
 `results.json` to `output_dir`. A model that is already there is not trained again.

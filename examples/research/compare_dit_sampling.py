@@ -2,9 +2,9 @@
 Measure how a diffusion generator is best sampled: four schedulers at several numbers of steps, and latents decoded as
 they are or snapped to the nearest codes. All of them start from the same noise.
 
-    python examples/compare_dit_sampling.py --pipeline outputs/demo/dit --dataset_name outputs/demo/data
-    python examples/compare_dit_sampling.py --pipeline outputs/compare_repa/dit/plain --dataset_name DATASET \\
-        --classifier outputs/compare_repa/judge
+    python examples/research/compare_dit_sampling.py --pipeline outputs/demo/dit --dataset_name outputs/demo/data
+    python examples/research/compare_dit_sampling.py --pipeline outputs/compare_repa/dit/plain \\
+        --dataset_name DATASET --classifier outputs/compare_repa/judge
 
 The judge measures the share of generated images that it takes for the class asked for, and the Fréchet distance of
 its features to those of training images. It is a classifier of transformers, or for the digits of `demo.py` the
@@ -30,12 +30,12 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, HfArgumentParser
 
 from hf_ifsq import IFSQDiTPipeline
-from hf_ifsq.metrics.features import FeatureExtractor
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio
 from hf_ifsq.models.image_tokenizer import ImageTokenizer, as_image_tokenizer
 from hf_ifsq.training.arguments import TrainingArguments, argument
 from hf_ifsq.training.data import ImageDataset, load_image_dataset
+from hf_ifsq.vision.vision_model import FeatureExtractor
 
 
 matplotlib.use("Agg")

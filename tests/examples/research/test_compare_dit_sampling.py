@@ -14,7 +14,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_ifsq import IFSQDiTPipeline
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.fixture

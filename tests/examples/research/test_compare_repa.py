@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 OPTIONS = (
     "--resolution 16 --classifier_steps 2 --hidden_size 16 --num_layers 2 "
     "--num_attention_heads 2 --train_batch_size 2 --max_train_steps 4 --validation_steps 1 --evaluation_steps 2 "
@@ -41,7 +41,7 @@ def test_the_whole_comparison(tmp_path, make_autoencoder):
     output_dir = tmp_path / "out"
 
     def run(*options):
-        command = [sys.executable, EXAMPLES / "compare_repa.py", "--dataset_name", tmp_path / "data"]
+        command = [sys.executable, EXAMPLES / "research" / "compare_repa.py", "--dataset_name", tmp_path / "data"]
         command += ["--tokenizer", tmp_path / "tokenizer", "--output_dir", output_dir, *OPTIONS.split(), *options]
         return subprocess.run(list(map(str, command)), check=True, timeout=280, capture_output=True, text=True).stdout
 

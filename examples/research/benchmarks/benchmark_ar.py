@@ -1,7 +1,7 @@
 """
 Speed and memory of the autoregressive generator, beside transformers' `LlamaForCausalLM` of the same dimensions.
 
-    python examples/benchmarks/benchmark_ar.py --sizes B L --batch_sizes 1 8 32 --guidance_scales 1 2
+    python examples/research/benchmarks/benchmark_ar.py --sizes B L --batch_sizes 1 8 32 --guidance_scales 1 2
 
 All variants of a setting take turns in one run, so that whatever else the machine does slows all of them, and medians
 are reported. Weights are random: they make no difference to the time.

@@ -3,7 +3,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from hf_ifsq.metrics.features import FeatureExtractor
+from hf_ifsq.vision.vision_model import FeatureExtractor
 
 
 VIT = {

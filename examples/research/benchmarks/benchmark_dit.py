@@ -1,7 +1,7 @@
 """
 Speed of the diffusion generator, beside diffusers' `DiTTransformer2DModel` of the same size and number of tokens.
 
-    python examples/benchmarks/benchmark_dit.py --sizes B/1 L/1 --batch_sizes 1 8 32
+    python examples/research/benchmarks/benchmark_dit.py --sizes B/1 L/1 --batch_sizes 1 8 32
 
 A step is one call of the transformer; with guidance it has two rows an image. All variants of a setting take turns in
 one run, so that whatever else the machine does slows all of them, and medians are reported. Weights are random: they

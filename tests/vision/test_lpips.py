@@ -6,7 +6,7 @@ import torch
 import torchmetrics
 from safetensors.torch import load_file, save_file
 
-from hf_ifsq.training.lpips import HEADS_FILE, LPIPS
+from hf_ifsq.vision.lpips import HEADS_FILE, LPIPS
 
 
 # The convolutions of torchvision's VGG16: number, width, and whether their features are compared.

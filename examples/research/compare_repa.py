@@ -2,7 +2,7 @@
 Compare a generator trained with and without representation alignment (REPA): the same tokens, steps and random
 numbers; only the weight of the alignment differs.
 
-    python examples/compare_repa.py --dataset_name DATASET --tokenizer outputs/tokenizer --generator ar
+    python examples/research/compare_repa.py --dataset_name DATASET --tokenizer outputs/tokenizer --generator ar
 
 Without `--teacher` a small vision model is trained on the training images and serves as the teacher. A second one of
 another seed, which no generator sees, is the judge: it measures the share of generated images that it takes for the
@@ -30,13 +30,12 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, ResNetConfig, ResNetForImageClassification
 
 from hf_ifsq import IFSQARForImageGeneration, IFSQARPipeline, IFSQDiTPipeline, IFSQDiTTransformer2DModel
-from hf_ifsq.metrics.features import FeatureExtractor
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.models.image_tokenizer import load_image_tokenizer
 from hf_ifsq.pipelines.pipeline_utils import ClassConditionalPipeline
 from hf_ifsq.training.arguments import argument
 from hf_ifsq.training.data import ImageDataset, ResumableSampler, load_image_dataset, read_class_names
-from hf_ifsq.training.repa import IMAGENET_MEAN, IMAGENET_STD
+from hf_ifsq.vision.vision_model import IMAGENET_MEAN, IMAGENET_STD, FeatureExtractor
 
 
 matplotlib.use("Agg")

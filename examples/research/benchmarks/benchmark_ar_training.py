@@ -1,7 +1,7 @@
 """
 Memory of a training step of the autoregressive generator: one head over all tokens, or one for each of two factors.
 
-    python examples/benchmarks/benchmark_ar_training.py --size L --batch_size 8
+    python examples/research/benchmarks/benchmark_ar_training.py --size L --batch_size 8
 
 What a forward and a backward pass take beside the weights: activations, scores and gradients. `all scores at once` is
 the plain cross-entropy of all scores of a batch, which the model never holds at once.

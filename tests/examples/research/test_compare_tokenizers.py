@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.mark.parametrize("level", [3, 5, 15, 17, 33])
@@ -38,7 +38,7 @@ def test_the_whole_comparison(tmp_path):
         rows = Dataset.from_dict({"image": images}, features=Features({"image": ImageFeature()}))
         (tmp_path / "data").mkdir(exist_ok=True)
         rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
-    command = [sys.executable, EXAMPLES / "compare_tokenizers.py", "--dataset_name", tmp_path / "data"]
+    command = [sys.executable, EXAMPLES / "research" / "compare_tokenizers.py", "--dataset_name", tmp_path / "data"]
     command += ["--bits", "2", "--seeds", "0", "1", "--resolution", "16", "--max_train_steps", "3", "--jobs", "2"]
     command += ["--block_out_channels", "32", "32", "--train_batch_size", "2", "--output_dir", tmp_path / "out"]
     subprocess.run(list(map(str, command)), check=True, timeout=580, capture_output=True)

@@ -10,7 +10,7 @@ import torch
 @pytest.fixture
 def load(monkeypatch):
     """Function that imports a script of the benchmarks."""
-    folder = str(Path(__file__).parents[2] / "examples" / "benchmarks")
+    folder = str(Path(__file__).parents[3] / "examples" / "research" / "benchmarks")
     monkeypatch.setattr(sys, "path", [folder, *sys.path])
     return importlib.import_module
 

@@ -1,0 +1,153 @@
+"""Frozen vision models: the teacher of representation alignment, and features of images for the Fréchet distance."""
+
+import inspect
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VisionModel(nn.Module):
+    """
+    A frozen vision model, and images made ready for it.
+
+    Args:
+        name_or_path (`str`):
+            a vision model that [`~transformers.AutoModel`] loads, from the Hub or a folder: a vision transformer or a
+            convolutional network. Of a model of images and text the vision part is taken.
+
+    Attributes:
+        hidden_size (`int`): width of its features.
+        stride (`int`): pixels from one feature to the next.
+        has_class_token (`bool`): whether its first feature stands for the whole image.
+        usual_size (`int`): side in pixels of the images that its config names, or else 224.
+    """
+
+    def __init__(self, name_or_path: str):
+        super().__init__()
+        model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+        self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        parameters = inspect.signature(self.model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+        size = getattr(self.model.config, "image_size", None)
+        self.usual_size = size if isinstance(size, int) else 224
+        self.stride, self.hidden_size, self.has_class_token = self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int, bool]:
+        """Stride, width and class token of the features, seen on an image of the usual size."""
+        side = self.usual_size
+        features = self.model(torch.zeros(1, 3, side, side), **self.options).last_hidden_state
+        if features.ndim == 4:
+            return side // features.shape[-1], features.shape[1], False
+        patch_size = getattr(self.model.config, "patch_size", None)
+        if isinstance(patch_size, int) and features.shape[1] >= (side // patch_size) ** 2:
+            return patch_size, features.shape[2], features.shape[1] > (side // patch_size) ** 2
+        # A hierarchical transformer merges patches on the way.
+        return side // math.isqrt(features.shape[1]), features.shape[2], False
+
+    def train(self, mode: bool = True) -> "VisionModel":
+        """It stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def extract(self, pixel_values: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+        """
+        All features of images, resized with an antialiased bicubic filter and normalized by the statistics of
+        ImageNet.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
+            image_size (`tuple[int, int]`): height and width to which they are resized.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, features, hidden_size)`, float32: class and register tokens, if any,
+            before those of the patches in raster order.
+        """
+        images = ((pixel_values.float() + 1) / 2).expand(-1, 3, -1, -1)
+        images = F.interpolate(images, size=image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        features = self.model((images - self.mean) / self.std, **self.options).last_hidden_state
+        if features.ndim == 4:
+            features = features.flatten(2).transpose(1, 2)
+        return features.float()
+
+
+class Teacher(VisionModel):
+    """
+    A frozen vision model whose patch features are the target of the alignment.
+
+    Args:
+        name_or_path (`str`): as in [`VisionModel`].
+        grid_size (`tuple[int, int]`): rows and columns of the token grid, which the patch grid is made equal to.
+    """
+
+    def __init__(self, name_or_path: str, grid_size: tuple[int, int]):
+        super().__init__(name_or_path)
+        self.grid_size = tuple(grid_size)
+        self.image_size = tuple(self.stride * cells for cells in grid_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
+
+        Returns:
+            `torch.Tensor` of shape `(batch, rows * columns, hidden_size)`, float32: the features of the patches in
+            raster order, without class and register tokens.
+
+        Raises:
+            ValueError: if the model gives fewer features than the grid has cells.
+        """  # noqa: D205
+        features = self.extract(pixel_values, self.image_size)
+        num_patches = self.grid_size[0] * self.grid_size[1]
+        if features.shape[1] < num_patches:
+            raise ValueError(
+                f"The `teacher` gives {features.shape[1]} features for an image of {self.image_size} pixels, fewer "
+                f"than the {num_patches} cells of the token grid {self.grid_size}."
+            )
+        return features[:, -num_patches:]
+
+
+class FeatureExtractor(VisionModel):
+    """
+    One feature vector for an image, from any vision model that [`~transformers.AutoModel`] loads: its class token
+    after the last layer, or where there is none the mean over all places. Poolers behind it are left out, as many
+    checkpoints do not hold their weights.
+
+    Args:
+        name_or_path (`str`):
+            a vision transformer or a convolutional network, from the Hub or a folder. Of a model of images and text
+            the vision part is taken.
+        image_size (`int`, *optional*):
+            side in pixels to which images are resized; by default that of the model's config, or else 224. The config
+            of DINOv2 says 518; its published distances are at 224.
+
+    Raises:
+        ValueError: if `image_size` is smaller than what one feature stands for.
+    """
+
+    def __init__(self, name_or_path: str, image_size: int | None = None):
+        super().__init__(name_or_path)
+        self.image_size = self.usual_size if image_size is None else image_size
+        if self.image_size < self.stride:
+            raise ValueError(f"`image_size` must be at least {self.stride} pixels, got {self.image_size}.")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`):
+                images in [-1, 1]; they are resized with an antialiased bicubic filter.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, hidden_size)`, float32.
+        """  # noqa: D205
+        features = self.extract(pixel_values, (self.image_size, self.image_size))
+        return features[:, 0] if self.has_class_token else features.mean(dim=1)
