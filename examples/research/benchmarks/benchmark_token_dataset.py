@@ -2,7 +2,8 @@
 Training steps a second of both generators, from images that are tokenized on the way and from their token dataset.
 
     python examples/research/benchmarks/benchmark_token_dataset.py --dataset_name DATASET \\
-        --tokenizer outputs/tokenizer --resolution 256 --hidden_size 768 --num_layers 12 --train_batch_size 64 --mixed_precision bf16
+        --tokenizer outputs/tokenizer --resolution 256 --hidden_size 768 --num_layers 12 --train_batch_size 64 \\
+        --mixed_precision bf16
 
 Without a dataset and a tokenizer it makes some of random pixels and weights. The four trainings take turns, so that
 whatever else the machine does slows all of them, and the median over the turns is reported.
