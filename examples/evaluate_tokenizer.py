@@ -11,7 +11,6 @@ to `output_dir`. Any number of processes gives the same numbers. All arguments: 
 import json
 import math
 import statistics
-import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,12 +27,14 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.metrics.codebook import CodebookUsage, bounded_values
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
 from hf_ifsq.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
-from hf_ifsq.training.arguments import TrainingArguments, argument
-from hf_ifsq.training.data import ImageDataset, load_image_dataset, load_splits
+from hf_ifsq.training.arguments import argument, values_for
+from hf_ifsq.training.data import ImageDataset, ImageTransform, draw, load_splits, pick_split
+from hf_ifsq.training.tokens import fingerprint
 from hf_ifsq.vision.lpips import LPIPS
 from hf_ifsq.vision.vision_model import FeatureExtractor
 
@@ -104,7 +105,10 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     # 1. Tokenizer, images, and the models that judge.
     tokenizer = load_image_tokenizer(args.tokenizer, sample_size=args.resolution).to(accelerator.device)
     with accelerator.main_process_first():
-        data = load_images(args, tokenizer.in_channels)
+        splits = load_splits(**values_for(load_splits, args))
+    usual = next((name for name in ("validation", "test", "train") if name in splits), None)
+    rows = draw(pick_split(splits, args.split or usual, "split", args.image_column), args.max_samples, seed=0)
+    data = ImageDataset(rows, ImageTransform(args.resolution, tokenizer.in_channels), args.image_column)
     lpips = None if args.lpips_vgg is None else LPIPS(args.lpips_vgg).to(accelerator.device)
     extractor = None
     if args.feature_extractor is not None:
@@ -132,10 +136,10 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
 
     # 3. Report.
     report = {
-        "tokenizer": {"name": args.tokenizer, **tokenizer.describe()},
+        "tokenizer": {"name": args.tokenizer, **fingerprint(tokenizer)},
         "data": {
             "name": args.dataset_name or args.train_data_dir,
-            "split": args.split or (data.dataset.split and str(data.dataset.split)),
+            "split": args.split or (rows.split and str(rows.split)),
             "num_images": len(data),
             "resolution": args.resolution,
             "preprocessing": "square from the middle, resized with PIL's antialiased bicubic filter",
@@ -162,25 +166,6 @@ def main(args: EvaluationArguments) -> dict[str, Any]:
     return report
 
 
-def load_images(args: EvaluationArguments, channels: int) -> ImageDataset:
-    """The images to measure on."""
-    same = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution")
-    split = args.split
-    if split is None:
-        splits = load_splits(TrainingArguments(**{name: getattr(args, name) for name in same}))
-        split = next((name for name in ("validation", "test", "train") if name in splits), None)
-    data_args = TrainingArguments(
-        **{name: getattr(args, name) for name in same},
-        train_split=split,
-        validation_split=split,
-        max_train_samples=args.max_samples,
-        max_validation_samples=args.max_samples or sys.maxsize,
-    )
-    train_images, validation_images = load_image_dataset(data_args)
-    images = train_images if validation_images is None else validation_images
-    return ImageDataset(images, data_args, channels, with_labels=False)
-
-
 def reconstruct(
     tokenizer: ImageTokenizer, pixel_values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -189,15 +174,11 @@ def reconstruct(
         codes = tokenizer.encode_codes(pixel_values)
         return tokenizer.decode_codes(codes).float().clamp(-1, 1), None, None
     bounded = None
-    if tokenizer.levels is None:
-        indices = tokenizer.encode_indices(pixel_values)
+    if isinstance(tokenizer.model, AutoencoderIFSQ):
+        encoded = tokenizer.model.encode(pixel_values)
+        indices, bounded = encoded.indices, bounded_values(tokenizer.model.quantizer, encoded.unquantized)
     else:
-        # The quantizer's input is taken on its way: the encoder runs once.
-        quantizer, latents = tokenizer.model.quantizer, []
-        hook = quantizer.register_forward_pre_hook(lambda module, inputs: latents.extend(inputs))
         indices = tokenizer.encode_indices(pixel_values)
-        hook.remove()
-        bounded = bounded_values(quantizer, *latents)
     return tokenizer.decode_indices(indices).float().clamp(-1, 1), indices, bounded
 
 

@@ -9,10 +9,8 @@ The output is a folder for `--token_dataset` of `train_repa_ar.py` and `train_re
 """
 
 import itertools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -23,10 +21,10 @@ from tqdm.auto import tqdm
 
 import hf_ifsq
 from hf_ifsq.models.image_tokenizer import load_image_tokenizer
-from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, parse_args
-from hf_ifsq.training.data import ImageDataset, check_labels, load_image_dataset, read_class_names
+from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, parse_args, values_for
+from hf_ifsq.training.data import ImageDataset, ImageTransform, check_labels, load_image_dataset, read_class_names
 from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
-from hf_ifsq.training.tokens import TokenDatasetInfo
+from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -36,9 +34,6 @@ IMAGE_SETTINGS = ("dataset_name", "train_data_dir", *ABOUT_IMAGES, "max_train_sa
 @dataclass
 class TokenizationArguments(DataArguments):
     """Arguments of this script beside those about images."""
-
-    # All of them.
-    max_validation_samples: ClassVar[int] = sys.maxsize
 
     output_dir: str = argument("outputs/tokens", "Folder of the token dataset.")
     tokenizer: str = argument("outputs/tokenizer", "Tokenizer: a folder or a Hub name.")
@@ -74,9 +69,9 @@ def main(args: TokenizationArguments) -> None:
         teacher = Teacher(args.teacher, tokenizer.grid_size).to(accelerator.device)
 
     # 2. Images and labels.
-    train_images, validation_images = load_image_dataset(args)
+    train_images, validation_images = load_image_dataset(**values_for(load_image_dataset, args))
     splits = {"train": train_images} | ({} if validation_images is None else {"validation": validation_images})
-    label_feature = find_label_feature(args, splits)
+    label_feature = find_label_feature(splits, args.label_column)
     # Validation images are taken as they are.
     num_augmentations = {"train": args.num_augmentations, "validation": 0}
 
@@ -85,7 +80,7 @@ def main(args: TokenizationArguments) -> None:
         tokenizer={
             "name_or_path": args.tokenizer,
             "revision": type(tokenizer.model).load_config(args.tokenizer, return_commit_hash=True)[1],
-            **tokenizer.describe(),
+            **fingerprint(tokenizer),
         },
         scaling_factor=tokenizer.scaling_factor,
         resolution=args.resolution,
@@ -104,9 +99,11 @@ def main(args: TokenizationArguments) -> None:
     missing = {split: [shard for shard in writer.shards(split) if not shard.path.exists()] for split in splits}
     # All processes see the same shards missing before any of them writes one.
     accelerator.wait_for_everyone()
+    transform = ImageTransform(channels=tokenizer.in_channels, **values_for(ImageTransform, args))
+    label_column = None if label_feature is None else args.label_column
     for split, images in splits.items():
         shards = missing[split][accelerator.process_index :: accelerator.num_processes]
-        data = ImageDataset(images, args, tokenizer.in_channels, with_labels=label_feature is not None)
+        data = ImageDataset(images, transform, args.image_column, label_column)
         batches = ShardBatches(shards, args.batch_size, num_augmentations[split])
         loader = iter(DataLoader(data, batch_sampler=batches, num_workers=args.dataloader_num_workers))
         for shard in tqdm(shards, desc=f"Shards of {split}", disable=not accelerator.is_local_main_process):
@@ -123,7 +120,7 @@ def main(args: TokenizationArguments) -> None:
 
     # 5. Result.
     if accelerator.is_main_process:
-        writer.finish(title=f"Tokens of {args.dataset_name or args.train_data_dir}")
+        writer.finish(title=f"Tokens of {args.data_name}")
         if args.push_to_hub:
             name = args.hub_dataset_id or Path(args.output_dir).resolve().name
             repo = create_repo(name, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
@@ -131,14 +128,14 @@ def main(args: TokenizationArguments) -> None:
     accelerator.end_training()
 
 
-def find_label_feature(args: TokenizationArguments, splits: dict[str, Dataset]) -> ClassLabel | Value | None:
+def find_label_feature(splits: dict[str, Dataset], label_column: str) -> ClassLabel | Value | None:
     """Type of the labels, with names where they are known; `None` if there are none and no column was named."""
-    if args.label_column == "label" and "label" not in splits["train"].column_names:
+    if label_column == "label" and "label" not in splits["train"].column_names:
         return None
-    id2label = read_class_names(splits["train"], args.label_column)
+    id2label = read_class_names(splits["train"], label_column)
     for images in splits.values():
-        check_labels(images, args.label_column, len(id2label))
-    feature = splits["train"].features[args.label_column]
+        check_labels(images, label_column, len(id2label))
+    feature = splits["train"].features[label_column]
     return feature if isinstance(feature, ClassLabel) else Value("int64")
 
 

@@ -10,17 +10,18 @@ arguments: `--help`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARPipeline
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.configuration_ifsq_ar import SIZES
-from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args
-from hf_ifsq.training.model_card import make_model_card
+from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args, values_for
+from hf_ifsq.training.model_card import make_model_card, without_local_paths
+from hf_ifsq.training.optimization import make_optimizer
 from hf_ifsq.training.repa import RepresentationAlignment
 from hf_ifsq.training.run import TrainingRun
 from hf_ifsq.training.tokens import TokenSource
@@ -44,18 +45,18 @@ class ARTrainingArguments(GeneratorArguments):
 
 
 def main(args: ARTrainingArguments) -> dict[str, float]:
-    run = TrainingRun(args)
+    run = TrainingRun(**values_for(TrainingRun, args), arguments=args.to_dict())
     accelerator = run.accelerator
 
     # 1. Data: images or their tokens, class names, tokenizer and teacher.
-    source = TokenSource(args, accelerator.device)
+    source = args.load_source(accelerator.device)
     tokenizer, id2label = source.tokenizer, source.id2label
     train_loader = run.dataloader(source.train_data)
     validation_loader = None
     if source.validation_data is not None:
         validation_loader = run.evaluation_dataloader(source.validation_data)
 
-    # 2. Model. The pipeline checks that it fits the tokenizer.
+    # 2. Model.
     dimensions = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     config = IFSQARConfig.from_size(
         args.size,
@@ -69,32 +70,24 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         id2label=id2label,
     )
     model = IFSQARForImageGeneration(config)
-    pipeline = IFSQARPipeline(model, tokenizer.model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    alignments = []
+    alignments, repa_depth, cknna_depth = [], None, None
     if args.teacher is not None:
-        repa_depth, _ = args.alignment_depths(config.num_hidden_layers)
+        repa_depth, cknna_depth = args.alignment_depths(config.num_hidden_layers)
         alignments.append(RepresentationAlignment(config.hidden_size, source.teacher_hidden_size, args.projector_dim))
 
     # 3. Optimizer.
     parameters = [parameter for module in (model, *alignments) for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=run.max_train_steps * accelerator.num_processes,
+    optimizer, lr_scheduler = make_optimizer(
+        parameters, run.max_train_steps, accelerator.num_processes, **values_for(make_optimizer, args)
     )
     model, optimizer, lr_scheduler, train_loader, *alignments = run.prepare(
         model, optimizer, lr_scheduler, train_loader, *alignments
     )
+    # It checks that the model fits the tokenizer.
+    pipeline = IFSQARPipeline(run.saved_model, tokenizer.model)
+    sampling = {"num_images_per_label": args.num_images_per_label, "guidance_scale": args.guidance_scale}
 
     # 4. Training.
     model.train()
@@ -125,81 +118,79 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
                 run.record(gradient_norm=gradient_norm)
             run.end_step(learning_rate, tokens_per_image=config.num_tokens)
             if run.validation_due:
-                metrics = validate(run, pipeline, source, validation_loader)
+                metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
 
     # 5. Result. A finished run that is resumed has not validated.
     if metrics is None:
-        metrics = validate(run, pipeline, source, validation_loader)
-    with run.averaged():
-        if accelerator.is_main_process:
-            pipeline.save_pretrained(args.output_dir)
+        metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(args.output_dir)
     description = f"Generates images of {len(id2label)} classes, token by token."
     if args.teacher is not None:
         description += (
-            f" In training, its layer {repa_depth} was aligned with `{args.teacher}` by REPA "
+            f" In training, its layer {repa_depth} was aligned with `{without_local_paths(args.teacher)}` by REPA "
             f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
         )
-    run.finish(
-        make_model_card(
-            run,
-            title=f"Autoregressive image generator on tokens of {type(tokenizer.model).__name__}",
-            description=description,
-            usage="from hf_ifsq import IFSQARPipeline\n\n"
-            f'pipe = IFSQARPipeline.from_pretrained("{run.model_name}")\n'
-            f"image = pipe({id2label[0]!r}).images[0]",
-            metrics=metrics,
-            num_parameters=pipeline.transformer.num_parameters(),
-            pipeline_tag="unconditional-image-generation",
-        )
+    card = make_model_card(
+        title=f"Autoregressive image generator on tokens of {type(tokenizer.model).__name__}",
+        description=description,
+        usage="from hf_ifsq import IFSQARPipeline\n\n"
+        f'pipe = IFSQARPipeline.from_pretrained("{run.model_name}")\n'
+        f"image = pipe({id2label[0]!r}).images[0]",
+        facts=args.facts(tokenizer.model.config.sample_size, run.saved_model.num_parameters()) | run.facts(),
+        metrics=metrics,
+        arguments=args.to_dict(),
+        pipeline_tag="unconditional-image-generation",
     )
+    run.finish(card)
     return metrics
 
 
 def cross_entropy_of_images(
-    model: IFSQARForImageGeneration, logits: torch.Tensor | tuple[torch.Tensor, ...], indices: torch.Tensor
+    model: IFSQARForImageGeneration, logits: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
-    """Cross-entropy in nats a token, summed over the factors, of each image: `(batch,)`."""
-    logits = logits if isinstance(logits, tuple) else (logits,)
+    """Cross-entropy in nats per token, summed over the factors, of each image: `(batch,)`."""
+    scores_of_factors = logits.float().split(model.config.vocab_sizes, dim=-1)
     factors = model.model.split_indices(indices)
-    losses = [F.cross_entropy(scores.mT.float(), factor, reduction="none") for scores, factor in zip(logits, factors)]
+    losses = [F.cross_entropy(scores.mT, ids, reduction="none") for scores, ids in zip(scores_of_factors, factors)]
     return sum(losses).mean(dim=1)
 
 
 @torch.no_grad()
 def validate(
-    run: TrainingRun, pipeline: IFSQARPipeline, source: TokenSource, loader: DataLoader | None
+    run: TrainingRun,
+    pipeline: IFSQARPipeline,
+    source: TokenSource,
+    loader: DataLoader | None,
+    cknna_depth: int | None,
+    sampling: dict[str, Any],
 ) -> dict[str, float]:
     """
-    Mean cross-entropy in nats a token over the validation images, with a teacher the alignment of a layer's hidden
-    states with its features (CKNNA of means over the tokens), and a picture with one row of samples a class.
+    Mean cross-entropy in nats per token over the validation images, with a teacher the alignment of a layer's hidden
+    states with its features (CKNNA of means over the tokens), and a picture with one row of samples per class.
     """
+    model, gather = run.saved_model, run.accelerator.gather_for_metrics
     metrics = {}
-    with run.averaged() as model:
+    with run.untimed():
         if loader is not None:
             losses, features = [], []
             for batch in loader:
                 indices = source.indices(batch)
                 output = model(batch["class_labels"], indices, output_hidden_states=source.measures_cknna)
-                loss = cross_entropy_of_images(model, output.logits, indices)
-                losses.append(run.accelerator.gather_for_metrics(loss))
+                losses.append(gather(cross_entropy_of_images(model, output.logits, indices)))
                 if source.measures_cknna:
-                    _, depth = run.args.alignment_depths(model.config.num_hidden_layers)
-                    pair = (output.hidden_states[depth], source.teacher_features(batch))
-                    features.append(run.accelerator.gather_for_metrics(tuple(part.mean(dim=1) for part in pair)))
+                    pair = (output.hidden_states[cknna_depth], source.teacher_features(batch))
+                    features.append(gather(tuple(part.mean(dim=1) for part in pair)))
             metrics["validation_cross_entropy"] = torch.cat(losses).mean().item()
             if source.measures_cknna:
                 metrics["validation_cknna"] = cknna(*map(torch.cat, zip(*features)))
             run.log(metrics)
         if run.accelerator.is_main_process:
             pipeline.set_progress_bar_config(disable=True)
-            with source.tokenizer_on_device():
-                images = pipeline(
-                    range(min(10, model.config.num_classes)),
-                    num_images_per_label=run.args.num_images_per_label,
-                    guidance_scale=run.args.guidance_scale,
-                    generator=torch.Generator().manual_seed(run.args.seed),
-                ).images
-            run.log_images("samples", images, columns=run.args.num_images_per_label)
+            with source.tokenizer_on(run.accelerator.device):
+                generator = torch.Generator().manual_seed(run.seed)
+                images = pipeline(range(min(10, model.config.num_classes)), generator=generator, **sampling).images
+            run.log_images("samples", images, columns=sampling["num_images_per_label"])
     return metrics
 
 

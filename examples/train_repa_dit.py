@@ -10,18 +10,19 @@ arguments: `--help`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 
 from hf_ifsq import IFSQDiTPipeline, IFSQDiTTransformer2DModel
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.transformer_ifsq_dit import SIZES
-from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args
+from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args, values_for
 from hf_ifsq.training.losses import velocity_loss
-from hf_ifsq.training.model_card import make_model_card
+from hf_ifsq.training.model_card import make_model_card, without_local_paths
+from hf_ifsq.training.optimization import make_optimizer
 from hf_ifsq.training.repa import RepresentationAlignment
 from hf_ifsq.training.run import TrainingRun
 from hf_ifsq.training.tokens import TokenSource
@@ -50,19 +51,19 @@ class DiTTrainingArguments(GeneratorArguments):
 
 
 def main(args: DiTTrainingArguments) -> dict[str, float]:
-    run = TrainingRun(args)
+    run = TrainingRun(**values_for(TrainingRun, args), arguments=args.to_dict())
     accelerator = run.accelerator
 
     # 1. Data: images or their tokens, class names, tokenizer and teacher.
     patch_size = int(args.size.split("/")[1]) if args.patch_size is None else args.patch_size
-    source = TokenSource(args, accelerator.device, patch_size)
+    source = args.load_source(accelerator.device, patch_size)
     tokenizer, id2label = source.tokenizer, source.id2label
     train_loader = run.dataloader(source.train_data)
     validation_loader = None
     if source.validation_data is not None:
         validation_loader = run.evaluation_dataloader(source.validation_data)
 
-    # 2. Model. The pipeline checks that it fits the tokenizer.
+    # 2. Model.
     dimensions = ("num_layers", "num_attention_heads", "attention_head_dim")
     model = IFSQDiTTransformer2DModel.from_size(
         args.size,
@@ -76,33 +77,26 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         levels=tokenizer.levels,
         scaling_factor=tokenizer.scaling_factor,
     )
-    pipeline = IFSQDiTPipeline(model, tokenizer.model, FlowMatchEulerDiscreteScheduler())
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    alignments = []
+    alignments, repa_depth, cknna_depth = [], None, None
     if args.teacher is not None:
-        repa_depth, _ = args.alignment_depths(model.config.num_layers)
+        repa_depth, cknna_depth = args.alignment_depths(model.config.num_layers)
         hidden_size = model.config.num_attention_heads * model.config.attention_head_dim
         alignments.append(RepresentationAlignment(hidden_size, source.teacher_hidden_size, args.projector_dim))
 
     # 3. Optimizer.
     parameters = [parameter for module in (model, *alignments) for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=run.max_train_steps * accelerator.num_processes,
+    optimizer, lr_scheduler = make_optimizer(
+        parameters, run.max_train_steps, accelerator.num_processes, **values_for(make_optimizer, args)
     )
     model, optimizer, lr_scheduler, train_loader, *alignments = run.prepare(
         model, optimizer, lr_scheduler, train_loader, *alignments
     )
+    # It checks that the model fits the tokenizer.
+    pipeline = IFSQDiTPipeline(run.saved_model, tokenizer.model, FlowMatchEulerDiscreteScheduler())
+    names = ("num_images_per_label", "num_inference_steps", "guidance_scale")
+    sampling = {name: getattr(args, name) for name in names}
 
     # 4. Training.
     model.train()
@@ -136,33 +130,31 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
                 run.record(gradient_norm=gradient_norm)
             run.end_step(learning_rate)
             if run.validation_due:
-                metrics = validate(run, pipeline, source, validation_loader)
+                metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
 
     # 5. Result. A finished run that is resumed has not validated.
     if metrics is None:
-        metrics = validate(run, pipeline, source, validation_loader)
-    with run.averaged():
-        if accelerator.is_main_process:
-            pipeline.save_pretrained(args.output_dir)
+        metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(args.output_dir)
     description = f"Generates images of {len(id2label)} classes by flow matching."
     if args.teacher is not None:
         description += (
-            f" In training, its block {repa_depth} was aligned with `{args.teacher}` by REPA "
+            f" In training, its block {repa_depth} was aligned with `{without_local_paths(args.teacher)}` by REPA "
             f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
         )
-    run.finish(
-        make_model_card(
-            run,
-            title=f"Diffusion image generator on codes of {type(tokenizer.model).__name__}",
-            description=description,
-            usage="from hf_ifsq import IFSQDiTPipeline\n\n"
-            f'pipe = IFSQDiTPipeline.from_pretrained("{run.model_name}")\n'
-            f"image = pipe({id2label[0]!r}).images[0]",
-            metrics=metrics,
-            num_parameters=pipeline.transformer.num_parameters(),
-            pipeline_tag="unconditional-image-generation",
-        )
+    card = make_model_card(
+        title=f"Diffusion image generator on codes of {type(tokenizer.model).__name__}",
+        description=description,
+        usage="from hf_ifsq import IFSQDiTPipeline\n\n"
+        f'pipe = IFSQDiTPipeline.from_pretrained("{run.model_name}")\n'
+        f"image = pipe({id2label[0]!r}).images[0]",
+        facts=args.facts(tokenizer.model.config.sample_size, run.saved_model.num_parameters()) | run.facts(),
+        metrics=metrics,
+        arguments=args.to_dict(),
+        pipeline_tag="unconditional-image-generation",
     )
+    run.finish(card)
     return metrics
 
 
@@ -171,10 +163,10 @@ def validation_noise_and_times(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fixed by the seed and the number of the image, so that any two runs compare, on any number of processes."""
     batch_number = step * run.accelerator.num_processes + run.accelerator.process_index
-    first_image = batch_number * run.args.train_batch_size
+    first_image = batch_number * run.train_batch_size
     noise, times = [], []
     for number in range(first_image, first_image + len(latents)):
-        generator = torch.Generator().manual_seed(run.args.seed + number)
+        generator = torch.Generator().manual_seed(run.seed + number)
         noise.append(torch.randn(latents.shape[1:], generator=generator))
         times.append(torch.randn((), generator=generator).sigmoid())
     return torch.stack(noise).to(latents.device), torch.stack(times).to(latents.device)
@@ -182,14 +174,20 @@ def validation_noise_and_times(
 
 @torch.no_grad()
 def validate(
-    run: TrainingRun, pipeline: IFSQDiTPipeline, source: TokenSource, loader: DataLoader | None
+    run: TrainingRun,
+    pipeline: IFSQDiTPipeline,
+    source: TokenSource,
+    loader: DataLoader | None,
+    cknna_depth: int | None,
+    sampling: dict[str, Any],
 ) -> dict[str, float]:
     """
     Mean loss over the validation images, on the same noise and times each time, with a teacher the alignment of a
     block's hidden states with its features (CKNNA of means over the patches), and a picture of samples.
     """
+    model, gather = run.saved_model, run.accelerator.gather_for_metrics
     metrics = {}
-    with run.averaged() as model:
+    with run.untimed():
         if loader is not None:
             losses, features = [], []
             for step, batch in enumerate(loader):
@@ -197,27 +195,20 @@ def validate(
                 noise, t = validation_noise_and_times(run, step, latents)
                 noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
                 output = model(noisy_latents, t, batch["class_labels"], output_hidden_states=source.measures_cknna)
-                loss = sum(velocity_loss(output.sample, latents - noise))
-                losses.append(run.accelerator.gather_for_metrics(loss))
+                losses.append(gather(sum(velocity_loss(output.sample, latents - noise))))
                 if source.measures_cknna:
-                    _, depth = run.args.alignment_depths(model.config.num_layers)
-                    pair = (output.hidden_states[depth], source.teacher_features(batch))
-                    features.append(run.accelerator.gather_for_metrics(tuple(part.mean(dim=1) for part in pair)))
+                    pair = (output.hidden_states[cknna_depth], source.teacher_features(batch))
+                    features.append(gather(tuple(part.mean(dim=1) for part in pair)))
             metrics["validation_loss"] = torch.cat(losses).mean().item()
             if source.measures_cknna:
                 metrics["validation_cknna"] = cknna(*map(torch.cat, zip(*features)))
             run.log(metrics)
         if run.accelerator.is_main_process:
             pipeline.set_progress_bar_config(disable=True)
-            with source.tokenizer_on_device():
-                images = pipeline(
-                    range(min(10, model.config.num_classes)),
-                    num_images_per_label=run.args.num_images_per_label,
-                    num_inference_steps=run.args.num_inference_steps,
-                    guidance_scale=run.args.guidance_scale,
-                    generator=torch.Generator().manual_seed(run.args.seed),
-                ).images
-            run.log_images("samples", images, columns=run.args.num_images_per_label)
+            with source.tokenizer_on(run.accelerator.device):
+                generator = torch.Generator().manual_seed(run.seed)
+                images = pipeline(range(min(10, model.config.num_classes)), generator=generator, **sampling).images
+            run.log_images("samples", images, columns=sampling["num_images_per_label"])
     return metrics
 
 

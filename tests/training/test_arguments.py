@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_ifsq.training.arguments import GeneratorArguments, TrainingArguments, parse_args
+from hf_ifsq.training.arguments import GeneratorArguments, TrainingArguments, parse_args, values_for
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -180,6 +180,31 @@ def test_recipes_of_the_paper():
     assert one_head["vocab_sizes"] == [17**4] == [math.prod(two_heads["vocab_sizes"])]
     for recipe, batch_size in ((one_head, 256), (dit, 1024)):
         assert recipe["train_batch_size"] * recipe["gradient_accumulation_steps"] == batch_size
+
+
+def test_the_tokenizer_recipe_has_the_settings_of_the_paper():
+    recipe = yaml.safe_load((EXAMPLES / "recipes" / "ifsq_f16_d4_4bit.yaml").read_text())
+    expected = {
+        "levels": [17] * 4,
+        "block_out_channels": [128, 128, 256, 512, 512],
+        "perceptual_weight": 1.0,
+        "discriminator_start_step": 50_000,
+        "discriminator_weight": 0.5,
+        "train_batch_size": 16,
+        "gradient_accumulation_steps": 8,
+        "num_train_epochs": 100,
+        "learning_rate": 1e-4,
+        "ema_decay": 0.999,
+    }
+    assert expected == {name: float(recipe[name]) if name == "learning_rate" else recipe[name] for name in expected}
+
+
+def test_values_for_a_function():
+    def function(dataset_name, seed, *, learning_rate=1.0, other=None):
+        pass
+
+    args = TrainingArguments(dataset_name="images", seed=4, learning_rate=2.0)
+    assert values_for(function, args) == {"dataset_name": "images", "seed": 4, "learning_rate": 2.0}
 
 
 def test_help_names_every_argument():

@@ -8,8 +8,14 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hf_ifsq.training.arguments import TrainingArguments
-from hf_ifsq.training.data import ImageDataset, ResumableSampler, load_image_dataset, read_class_names
+from hf_ifsq.training.data import (
+    ImageDataset,
+    ImageTransform,
+    ResumableSampler,
+    load_image_dataset,
+    load_splits,
+    read_class_names,
+)
 
 
 NAMES = ["cat", "dog", "eel"]
@@ -32,8 +38,8 @@ def make_dataset(images, labels=None):
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 
-def make_args(**overrides):
-    return TrainingArguments(**{"dataset_name": "images", "resolution": 8, **overrides})
+def make_data(rows, channels=3, label_column="label", resolution=8, **options):
+    return ImageDataset(rows, ImageTransform(resolution, channels, **options), label_column=label_column)
 
 
 def to_pixels(array):
@@ -74,7 +80,7 @@ def test_plain_images(channels, stored):
     images = pictures(channels=stored)
     images[0].putpixel((0, 0), 0 if stored == 1 else (0, 0, 0))
     images[0].putpixel((1, 0), 255 if stored == 1 else (255, 255, 255))
-    data = ImageDataset(make_dataset(images), make_args(), channels, with_labels=True)
+    data = make_data(make_dataset(images), channels)
     assert len(data) == 6
     for index, image in enumerate(images):
         item = data[index]
@@ -87,7 +93,7 @@ def test_plain_images(channels, stored):
 
 
 def test_images_without_labels():
-    data = ImageDataset(make_dataset(pictures()).remove_columns("label"), make_args(), 3, with_labels=False)
+    data = make_data(make_dataset(pictures()).remove_columns("label"), label_column=None)
     assert data[0].keys() == {"pixel_values"}
 
 
@@ -101,8 +107,8 @@ def test_center_crop(height, width):
         for y in {int(np.floor(top)), int(np.ceil(top))}
         for x in {int(np.floor(left)), int(np.ceil(left))}
     ]
-    plain = ImageDataset(make_dataset([image]), make_args(), 3, with_labels=True)
-    center = ImageDataset(make_dataset([image]), make_args(center_crop=True), 3, with_labels=True)
+    plain = make_data(make_dataset([image]))
+    center = make_data(make_dataset([image]), center_crop=True)
     for item in (plain[0], center[0, 0], center[0, 17]):
         assert any(torch.allclose(item["pixel_values"], crop, atol=1e-6) for crop in allowed)
 
@@ -110,7 +116,7 @@ def test_center_crop(height, width):
 @pytest.mark.parametrize("side, resolution", [(24, 8), (8, 24), (12, 8)])
 def test_resized_to_the_resolution(side, resolution):
     (image,) = pictures(1, side, 2 * side)
-    data = ImageDataset(make_dataset([image]), make_args(resolution=resolution), 3, with_labels=True)
+    data = make_data(make_dataset([image]), resolution=resolution)
     # The middle of the whole image, resized.
     whole = np.asarray(image.resize((2 * resolution, resolution), Image.Resampling.BICUBIC))
     expected = to_pixels(whole[:, resolution // 2 : resolution // 2 + resolution])
@@ -133,7 +139,7 @@ def find_crop(crop, array):
 @pytest.mark.parametrize("random_flip", [False, True])
 def test_random_crops_lie_in_the_image_and_cover_it(height, width, random_flip):
     (image,) = pictures(1, height, width)
-    data = ImageDataset(make_dataset([image]), make_args(random_flip=random_flip), 3, with_labels=True)
+    data = make_data(make_dataset([image]), random_flip=random_flip)
     found = [find_crop(data[0, position]["pixel_values"], np.asarray(image)) for position in range(200)]
     assert all(len(places) == 1 for places in found)
     places = [place for (place,) in found]
@@ -145,7 +151,7 @@ def test_random_crops_lie_in_the_image_and_cover_it(height, width, random_flip):
 def test_crop_scale():
     # A ramp: the difference of a crop's first and last pixel is its side less one pixel, in the image's pixels.
     ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1)))
-    data = ImageDataset(make_dataset([ramp]), make_args(resolution=32, min_crop_scale=0.5), 1, with_labels=True)
+    data = make_data(make_dataset([ramp]), 1, resolution=32, min_crop_scale=0.5)
     pixels = torch.stack([data[0, position]["pixel_values"][0] for position in range(200)])
     step = (pixels[:, 16, 24] - pixels[:, 16, 8]) / 16  # a share of the scale: 2 at 1.0
     scale = step / (4 / 127.5) / 2
@@ -156,20 +162,20 @@ def test_crop_scale():
 def test_augmentations_depend_on_seed_and_position_alone():
     images = pictures(3, 8, 20)
     args = {"random_flip": True, "min_crop_scale": 0.5}
-    data = ImageDataset(make_dataset(images), make_args(seed=1, **args), 3, with_labels=True)
+    data = make_data(make_dataset(images), seed=1, **args)
     first = [data[0, position]["pixel_values"] for position in range(20)]
     torch.manual_seed(99)
     np.random.seed(99)
-    again = ImageDataset(make_dataset(images[:1]), make_args(seed=1, **args), 3, with_labels=True)
+    again = make_data(make_dataset(images[:1]), seed=1, **args)
     for position in reversed(range(20)):
         assert torch.equal(again[0, position]["pixel_values"], first[position])
-    other = ImageDataset(make_dataset(images), make_args(seed=2, **args), 3, with_labels=True)
+    other = make_data(make_dataset(images), seed=2, **args)
     assert sum(torch.equal(other[0, position]["pixel_values"], first[position]) for position in range(20)) < 5
     assert len({tuple(pixels.flatten().tolist()) for pixels in first}) > 15
 
 
 def test_workers_give_the_same_as_none():
-    data = ImageDataset(make_dataset(pictures(10, 8, 20)), make_args(random_flip=True), 3, with_labels=True)
+    data = make_data(make_dataset(pictures(10, 8, 20)), random_flip=True)
     batches = [
         list(DataLoader(data, batch_size=4, sampler=ResumableSampler(10, 0, 3, 27), num_workers=workers))
         for workers in (0, 2)
@@ -183,7 +189,7 @@ def test_workers_give_the_same_as_none():
 @pytest.mark.parametrize("channels", [0, 2, 4])
 def test_bad_channels(channels):
     with pytest.raises(ValueError, match=f"`channels` must be 1.*3.*got {channels}"):
-        ImageDataset(make_dataset(pictures()), make_args(), channels, with_labels=True)
+        make_data(make_dataset(pictures()), channels)
 
 
 # --- where they come from ---
@@ -203,7 +209,7 @@ def source(request, tmp_path):
                 folder = tmp_path / "data" / split / NAMES[row["label"]]
                 folder.mkdir(parents=True, exist_ok=True)
                 row["image"].save(folder / f"{number}.png")
-        return {"dataset_name": None, "train_data_dir": str(tmp_path / "data")}, train, test
+        return {"train_data_dir": str(tmp_path / "data")}, train, test
     if request.param == "save_to_disk":
         DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "data")
         return {"dataset_name": str(tmp_path / "data")}, train, test
@@ -218,7 +224,7 @@ def source(request, tmp_path):
 @pytest.mark.parametrize("source", ["imagefolder", "file", "folder", "save_to_disk"], indirect=True)
 def test_load_image_dataset(source):
     arguments, train, test = source
-    loaded_train, loaded_test = load_image_dataset(make_args(**arguments))
+    loaded_train, loaded_test = load_image_dataset(**arguments)
     assert (loaded_test is None) == (test is None)
     for loaded, expected in ((loaded_train, train), (loaded_test, test)):
         if expected is not None:
@@ -230,7 +236,7 @@ def test_load_image_dataset(source):
 def test_a_single_saved_dataset(tmp_path):
     train = make_dataset(pictures(9))
     train.save_to_disk(tmp_path / "data")
-    loaded, validation = load_image_dataset(make_args(dataset_name=str(tmp_path / "data")))
+    loaded, validation = load_image_dataset(dataset_name=str(tmp_path / "data"))
     assert validation is None and first_pixels(loaded) == first_pixels(train)
     assert read_class_names(loaded, "label") == dict(enumerate(NAMES))
 
@@ -254,23 +260,36 @@ def three_splits(tmp_path):
     ],
 )
 def test_choice_of_splits_and_samples(three_splits, overrides, train_size, validation_size):
-    train, validation = load_image_dataset(make_args(dataset_name=three_splits, **overrides))
+    train, validation = load_image_dataset(dataset_name=three_splits, **overrides)
     assert (len(train), len(validation)) == (train_size, validation_size)
 
 
 def test_max_train_samples_are_drawn_by_the_seed(three_splits):
     def draw(seed):
-        train, _ = load_image_dataset(make_args(dataset_name=three_splits, max_train_samples=5, seed=seed))
+        train, _ = load_image_dataset(dataset_name=three_splits, max_train_samples=5, seed=seed)
         return first_pixels(train)
 
-    whole, _ = load_image_dataset(make_args(dataset_name=three_splits))
+    whole, _ = load_image_dataset(dataset_name=three_splits)
     assert draw(0) == draw(0) and set(draw(0)) < set(first_pixels(whole))
     assert len({tuple(draw(seed)) for seed in range(5)}) > 1
 
 
+@pytest.mark.parametrize("sources", [{}, {"dataset_name": "images", "train_data_dir": "photos"}])
+def test_exactly_one_source(sources):
+    with pytest.raises(ValueError, match="either `dataset_name` or `train_data_dir`, got"):
+        load_splits(**sources)
+
+
+@pytest.mark.parametrize("options", [{"resolution": 0}, {"min_crop_scale": 0.0}, {"min_crop_scale": 1.5}])
+def test_bad_transforms(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"`{name}` must be .*got {value}"):
+        ImageTransform(**{"resolution": 8, **options})
+
+
 def test_the_only_split_is_trained_on(tmp_path):
     DatasetDict({"photos": make_dataset(pictures(4))}).save_to_disk(tmp_path / "data")
-    train, validation = load_image_dataset(make_args(dataset_name=str(tmp_path / "data")))
+    train, validation = load_image_dataset(dataset_name=str(tmp_path / "data"))
     assert len(train) == 4 and validation is None
 
 
@@ -285,14 +304,14 @@ def test_the_only_split_is_trained_on(tmp_path):
 )
 def test_missing_splits_and_columns(three_splits, overrides, match):
     with pytest.raises(ValueError, match=match):
-        load_image_dataset(make_args(dataset_name=three_splits, **overrides))
+        load_image_dataset(dataset_name=three_splits, **overrides)
 
 
 def test_several_splits_without_train(tmp_path):
     splits = {"a": make_dataset(pictures(2)), "b": make_dataset(pictures(2))}
     DatasetDict(splits).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match=r"`train_split`.*\['a', 'b'\].*None"):
-        load_image_dataset(make_args(dataset_name=str(tmp_path / "data")))
+        load_image_dataset(dataset_name=str(tmp_path / "data"))
 
 
 # --- class names ---
@@ -326,20 +345,20 @@ def test_bad_labels(dataset, column, got):
 
 def test_labels_are_only_read_if_asked_for():
     rows = [{"image": image, "label": "cat"} for image in pictures(2)]
-    assert set(ImageDataset(rows, make_args(), 3, with_labels=False)[1]) == {"pixel_values"}
+    assert set(make_data(rows, label_column=None)[1]) == {"pixel_values"}
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "F", None])
 def test_images_that_would_be_cut_off(mode):
     image = None if mode is None else Image.new(mode, (16, 16))
-    data = ImageDataset([{"image": image}], make_args(), 3, with_labels=False)
+    data = make_data([{"image": image}], label_column=None)
     with pytest.raises(ValueError, match=f"Row 0 of `image_column` 'image'.*got {'None' if mode is None else 'mode'}"):
         data[0]
 
 
 def test_transparency_is_put_on_white():
     image = Image.new("RGBA", (16, 16), (255, 0, 0, 51))
-    data = ImageDataset([{"image": image}], make_args(resolution=16), 3, with_labels=False)
+    data = make_data([{"image": image}], label_column=None, resolution=16)
     # A fifth of red (1, -1, -1) on white (1, 1, 1), to one of 256 steps.
     expected = torch.tensor([1.0, 0.6, 0.6]).view(3, 1, 1).expand(3, 16, 16)
     torch.testing.assert_close(data[0]["pixel_values"], expected, atol=1 / 127.5, rtol=0)

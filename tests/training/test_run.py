@@ -4,6 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -11,8 +12,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_ifsq.training.arguments import TrainingArguments
-from hf_ifsq.training.model_card import make_model_card
+from hf_ifsq.training.arguments import TrainingArguments, values_for
+from hf_ifsq.training.model_card import make_model_card, without_local_paths
 from hf_ifsq.training.run import TrainingRun
 
 
@@ -57,7 +58,8 @@ def start(tmp_path):
             "checkpointing_steps": 100,
             "mixed_precision": "no",
         }
-        return TrainingRun(TrainingArguments(**{**arguments, **overrides}))
+        args = TrainingArguments(**{**arguments, **overrides})
+        return TrainingRun(**values_for(TrainingRun, args), arguments=args.to_dict())
 
     return make
 
@@ -66,7 +68,7 @@ def train(run, until=None, poison_step=None):
     """Train a linear model; returns it, and a copy of its weights after each step."""
     torch.manual_seed(3)
     model = Linear()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.args.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     loader = run.dataloader(Numbers())
     model, optimizer, loader = run.prepare(model, optimizer, loader)
     model.train()
@@ -156,7 +158,7 @@ def test_throughput_leaves_out_validations_and_checkpoints(start, monkeypatch, t
     for step in range(1, 7):
         seconds += step
         run.end_step(learning_rate=0.1, tokens_per_image=tokens_per_image)
-        with run.averaged():
+        with run.untimed():
             seconds += 100
     lines = (run.output_dir / "training_log.jsonl").read_text().splitlines()
     rates = {entry["step"]: entry[f"{unit}_per_second"] for entry in map(json.loads, lines)}
@@ -207,25 +209,20 @@ def test_moving_average_by_hand(start):
         # The decay that diffusers' EMAModel documents: it warms up with the number of steps.
         decay = 0.0 if step == 1 else min(0.6, step / (9 + step))
         average = decay * average + (1 - decay) * weight
-    with run.averaged() as model:
-        torch.testing.assert_close(model.layer.weight.detach(), average)
-        assert not torch.allclose(average, weights[-1])
+    torch.testing.assert_close(run.saved_model.layer.weight.detach(), average)
+    assert not torch.allclose(average, weights[-1])
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-@pytest.mark.parametrize("fail", [True, False])
-def test_averaged_gives_the_trained_weights_back(start, use_ema, fail):
+def test_the_saved_model_stands_beside_the_trained_one(start, use_ema):
     run = start(use_ema=use_ema, ema_decay=0.9)
     model, weights = train(run)
-    try:
-        with run.averaged() as averaged:
-            assert not averaged.training
-            assert torch.equal(averaged.layer.weight, weights[-1]) == (not use_ema)
-            if fail:
-                raise KeyError
-    except KeyError:
-        pass
-    assert model.training and torch.equal(model.layer.weight, weights[-1])
+    assert model.training and not run.saved_model.training and run.saved_model is not model
+    assert torch.equal(model.layer.weight, weights[-1])
+    # Without an average it takes no memory of its own.
+    shares_memory = run.saved_model.layer.weight.data_ptr() == model.layer.weight.data_ptr()
+    assert shares_memory == torch.equal(run.saved_model.layer.weight, weights[-1]) == (not use_ema)
+    assert model.layer.weight.requires_grad
 
 
 # --- checkpoints ---
@@ -243,9 +240,25 @@ def test_checkpoints_are_written_and_the_newest_kept(start):
 def test_a_checkpoint_holds_a_usable_model(start):
     run = start(checkpointing_steps=4, max_train_steps=4, use_ema=True)
     train(run)
-    with run.averaged() as model:
-        saved = Linear.from_pretrained(run.output_dir / "checkpoint-4" / "model")
-        assert torch.equal(saved.layer.weight, model.layer.weight)
+    saved = Linear.from_pretrained(run.output_dir / "checkpoint-4" / "model")
+    assert torch.equal(saved.layer.weight, run.saved_model.layer.weight)
+
+
+def test_a_checkpoint_stores_each_set_of_weights_once_and_no_pickle_that_could_run_code(start, monkeypatch):
+    run = start(checkpointing_steps=4, max_train_steps=4, use_ema=True)
+    train(run)
+    files = sorted(str(path.relative_to(run.output_dir)) for path in run.output_dir.rglob("*.safetensors"))
+    assert files == ["checkpoint-4/model.safetensors", "checkpoint-4/model/diffusion_pytorch_model.safetensors"]
+    loaded, load = [], torch.load
+
+    def record(file, *args, **kwargs):
+        loaded.append(kwargs.get("weights_only"))
+        return load(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", record)
+    train(start(resume_from_checkpoint="latest", use_ema=True, max_train_steps=4))
+    # The optimizer and the random states, at least.
+    assert len(loaded) >= 2 and all(loaded)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 11, 12])
@@ -261,8 +274,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(start, tmp_path, stop, overri
     _, weights = train(resumed)
     assert len(weights) == 13 - stop and all(torch.equal(*pair) for pair in zip(weights[1:], expected[stop + 1 :]))
     assert read_log(resumed) == read_log(straight)
-    with resumed.averaged() as model, straight.averaged() as other:
-        assert torch.equal(model.layer.weight, other.layer.weight)
+    assert torch.equal(resumed.saved_model.layer.weight, straight.saved_model.layer.weight)
 
 
 def copy_checkpoint(source, *names):
@@ -360,18 +372,57 @@ def test_missing_tracker_package(start, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def make_card(run, args):
+    return make_model_card(
+        title="A title",
+        description="A description.",
+        usage="import this",
+        facts=args.facts(256, 56789) | run.facts(),
+        metrics={"psnr": 1.23456},
+        arguments=args.to_dict(),
+        pipeline_tag="some-task",
+    )
+
+
 def test_model_card(start, monkeypatch):
-    run = start(dataset_name="org/birds", use_ema=True, ema_decay=0.99, seed=3, learning_rate=3e-4)
+    run = start(use_ema=True, ema_decay=0.99, seed=3)
     run.global_step = 1234
+    args = TrainingArguments(dataset_name="org/birds", learning_rate=3e-4)
     monkeypatch.setattr("sys.argv", ["train.py", "--dataset_name", "org/birds", "--teacher", "my models/vit"])
-    card = make_model_card(run, "A title", "A description.", "import this", {"psnr": 1.23456}, 56789, "some-task")
+    card = make_card(run, args)
     for text in ("# A title", "A description.", "```python\nimport this\n```", "`org/birds`, 256 x 256 pixels"):
         assert text in card
-    for row in ("parameters | 56,789", "steps | 1,234", "images a step | 2", "averaging | EMA of 0.99", "seed | 3"):
+    for row in ("parameters | 56,789", "steps | 1,234", "images per step | 2", "averaging | EMA of 0.99", "seed | 3"):
         assert f"| {row} |" in card
     assert "| psnr | 1.2346 |" in card and "| learning rate | 0.0003, constant |" in card
     assert "accelerate launch train.py --dataset_name org/birds --teacher 'my models/vit'\n" in card
     assert card.startswith("---\n") and "pipeline_tag: some-task" in card.split("---")[1]
+
+
+def test_nothing_published_says_where_it_lay(start, monkeypatch, tmp_path):
+    """Paths of the machine that trained, and with them the names of its users."""
+    tracked = {}
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: tracked.update(config))
+    home = {
+        "dataset_name": "/home/alice/birds",
+        "output_dir": str(tmp_path / "alice" / "out"),
+        "config": "~alice/c.yaml",
+    }
+    run = start(**home, report_to="tensorboard")
+    monkeypatch.setattr(
+        "sys.argv", ["/home/alice/train.py", "--output_dir=/home/alice/out", "--teacher", "../alice/vit"]
+    )
+    card = make_card(run, TrainingArguments(**home))
+    assert "alice" not in card + str(tracked) + run.model_name and str(tmp_path) not in card + str(tracked)
+    assert "`birds`, 256 x 256" in card and "dataset_name: birds" in card and tracked["config"] == "c.yaml"
+    assert "accelerate launch train.py --output_dir=out --teacher vit\n" in card and run.model_name == "out"
+
+
+@pytest.mark.parametrize(
+    "value", ["org/birds", "outputs/tokens", "data", "facebook/dinov2-base", 3, None, 1e-4, True, [17, 17]]
+)
+def test_values_that_name_no_place_of_the_machine_are_published_as_they_are(value):
+    assert without_local_paths(value) == value
 
 
 def test_checkpoints_of_another_run_are_not_overwritten(start):
@@ -396,7 +447,11 @@ def test_evaluation_is_in_the_precision_of_the_weights(start):
     values = torch.tensor([[1.0, 2**-9, 2**-10]])
     with torch.no_grad():
         model.layer.weight.fill_(1.0)
-        with run.averaged() as evaluated:
-            assert evaluated(values).item() == 1 + 2**-9 + 2**-10
+        assert run.saved_model(values).item() == 1 + 2**-9 + 2**-10
         # Eight bits of bfloat16 cannot hold that sum.
-        assert run._model.eval()(values).item() == 1.0
+        assert model.eval()(values).item() == 1.0
+
+
+def test_order_of_calls(start):
+    with pytest.raises(RuntimeError, match="`max_train_steps` is not known before `dataloader`"):
+        _ = start(max_train_steps=None).max_train_steps

@@ -18,7 +18,7 @@ import hf_ifsq
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import GeneratorArguments
 from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
-from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, TokenSource, load_token_dataset
+from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, fingerprint, load_token_dataset
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -83,7 +83,7 @@ def test_size_on_disk(tmp_path, codebook_size, grid_size, count):
     )
     size = sum(path.stat().st_size for path in (tmp_path / "tokens").rglob("*") if path.is_file())
     entropy = count * num_tokens * math.log2(codebook_size) / 8
-    print(f"{num_tokens} tokens of {codebook_size}: {size / count:.0f} bytes an image")  # For the docs.
+    print(f"{num_tokens} tokens of {codebook_size}: {size / count:.0f} bytes per image")  # For the docs.
     assert entropy < size <= 1.1 * entropy
     rows = datasets.load_dataset(folder)["train"]
     assert rows.features["label"] == ClassLabel(names=NAMES)
@@ -283,7 +283,7 @@ def test_missing_tokens(token_folder, tmp_path):
 def test_rows_of_another_length(token_folder):
     folder, info, _ = token_folder
     other = make_info(info.num_rows, {**info.tokenizer, "grid_size": [2, 4]})
-    with pytest.raises(ValueError, match="`indices` of 8 tokens a row.*length=16"):
+    with pytest.raises(ValueError, match="`indices` of 8 tokens per row.*length=16"):
         load_token_dataset(folder, other)
 
 
@@ -323,16 +323,16 @@ def make_source(tmp_path, make_autoencoder):
     folder = str(tmp_path / "tokenizer")
     make_autoencoder(scaling_factor=2.5).save_pretrained(folder)
     tokenizer = as_image_tokenizer(hf_ifsq.AutoencoderIFSQ.from_pretrained(folder).eval())
-    description = {**tokenizer.describe(), "name_or_path": folder}
+    description = {**fingerprint(tokenizer), "name_or_path": folder}
     info = make_info({"train": 30, "validation": 12}, description, {"name_or_path": "vit", "hidden_size": 6})
     splits = {"train": random_columns(30, width=6), "validation": random_columns(12, width=6, seed=1)}
     tokens = write(tmp_path / "tokens", info, splits, ClassLabel(names=NAMES))
 
     def make(patch_size=1, **overrides):
         args = GeneratorArguments(**{"token_dataset": tokens, **overrides})
-        return TokenSource(args, torch.device("cpu"), patch_size), args
+        return args.load_source(torch.device("cpu"), patch_size)
 
-    make.splits, make.tokenizer, make.folder = splits, tokenizer, folder
+    make.splits, make.tokenizer, make.folder, make.tokens = splits, tokenizer, folder, tokens
     return make
 
 
@@ -341,8 +341,8 @@ def read_batch(data, count):
 
 
 def test_source_of_tokens(make_source):
-    source, args = make_source()
-    assert args.resolution == 16 and source.teacher_hidden_size is None
+    source = make_source()
+    assert source.tokenizer.model.config.sample_size == 16 and source.teacher_hidden_size is None
     assert source.id2label == dict(enumerate(NAMES))
     batch = read_batch(source.validation_data, 12)
     indices = make_source.splits["validation"]["indices"]
@@ -353,34 +353,34 @@ def test_source_of_tokens(make_source):
 
 
 def test_stored_features_in_place_of_the_teacher(make_source):
-    source, _ = make_source(teacher="vit")  # there is no such model to load
+    source = make_source(teacher="vit")  # there is no such model to load
     assert source.teacher_hidden_size == 6
     for split, data in (("train", source.train_data), ("validation", source.validation_data)):
         columns = make_source.splits[split]
         features = source.teacher_features(read_batch(data, len(columns["label"])))
         assert torch.equal(features, columns["teacher_features"].half().float())
-    without, _ = make_source()
+    without = make_source()
     assert "teacher_features" not in without.train_data[0] and "teacher_features" not in without.validation_data[0]
 
 
 @pytest.mark.parametrize("count, measured", [(10, False), (11, True)])
 def test_too_few_validation_images_for_cknna_are_said_beforehand(make_source, caplog, count, measured):
-    source, _ = make_source(teacher="vit", max_validation_samples=count)
+    source = make_source(teacher="vit", max_validation_samples=count)
     assert source.measures_cknna == measured
     said = (
         "Validations leave out CKNNA, which takes more than 10 images, its number of nearest neighbours: there are 10."
     )
     assert (said in caplog.messages) != measured
-    assert not make_source()[0].measures_cknna
+    assert not make_source().measures_cknna
 
 
 def test_tokenizer_stays_on_the_cpu(make_source):
-    source = TokenSource(GeneratorArguments(token_dataset=make_source()[1].token_dataset), torch.device("meta"))
+    source = GeneratorArguments(token_dataset=make_source.tokens).load_source(torch.device("meta"))
     assert {parameter.device.type for parameter in source.tokenizer.parameters()} == {"cpu"}
 
 
 def test_limits_draw_the_rows_that_images_would_be(make_source):
-    source, _ = make_source(max_train_samples=7, max_validation_samples=3, seed=5)
+    source = make_source(max_train_samples=7, max_validation_samples=3, seed=5)
     order = datasets.Dataset.from_dict({"row": range(30)}).shuffle(seed=5)["row"][:7]
     assert len(source.train_data) == 7 and len(source.validation_data) == 3
     assert torch.equal(read_batch(source.train_data, 7)["indices"], make_source.splits["train"]["indices"][order])
@@ -394,7 +394,7 @@ def test_source_of_images(tmp_path, make_source):
     images = [Image.fromarray(array) for array in generator.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)]
     rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 3}).cast_column("image", datasets.Image())
     datasets.DatasetDict({"train": rows, "test": rows.select([4])}).save_to_disk(tmp_path / "images")
-    source, _ = make_source(
+    source = make_source(
         token_dataset=None,
         dataset_name=str(tmp_path / "images"),
         tokenizer=make_source.folder,
@@ -420,7 +420,7 @@ def test_codes_of_an_autoencoder_kl_are_drawn_if_asked_for(tmp_path, make_source
     rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1]}).cast_column("image", datasets.Image())
     rows.save_to_disk(tmp_path / "images")
     names = {"dataset_name": str(tmp_path / "images"), "tokenizer": str(tmp_path / "kl")}
-    source, _ = make_source(token_dataset=None, resolution=16, **names)
+    source = make_source(token_dataset=None, resolution=16, **names)
     assert source.validation_data is None
     batch = read_batch(source.train_data, 2)
     mode = source.codes(batch)
@@ -466,7 +466,7 @@ def test_named_tokenizer_is_gone_or_was_trained_further(tmp_path, make_source):
 
 
 def test_resolution(make_source):
-    assert make_source(resolution=16)[1].resolution == 16
+    make_source(resolution=16)
     with pytest.raises(ValueError, match="`resolution` is 32, but `token_dataset` .* of images of 16 pixels"):
         make_source(resolution=32)
 

@@ -71,7 +71,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
             "tokens": GeneratorArguments(token_dataset=f"{folder}/tokens", tokenizer=tokenizer),
         }
         trainings = {
-            (generator, name): make_step(args, accelerator, generator, TokenSource(source, accelerator.device))
+            (generator, name): make_step(args, accelerator, generator, source.load_source(accelerator.device))
             for generator in ("AR", "DiT")
             for name, source in sources.items()
         }

@@ -1,14 +1,25 @@
-"""Command-line arguments that several scripts share, and their parser."""
+"""
+Command-line arguments that several scripts share, and their parser. Only scripts know these classes: functions of the
+library take values by name, which [`values_for`] picks.
+"""
 
+import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+
+from ..models.image_tokenizer import load_image_tokenizer
+from ..vision.vision_model import Teacher
+from .data import ImageTransform, load_image_dataset
+from .model_card import without_local_paths
+from .tokens import TokenSource
 
 
 # What a token dataset has settled already.
@@ -41,14 +52,26 @@ def argument(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def values_for(function: Callable, arguments: Any) -> dict[str, Any]:
+    """
+    The arguments of a script that a function or class takes, under the same names.
+
+    Args:
+        function (`Callable`): what is to be called.
+        arguments: a dataclass of arguments.
+
+    Returns:
+        `dict[str, Any]`: keyword arguments for `function`.
+    """
+    names = inspect.signature(function).parameters
+    return {entry.name: getattr(arguments, entry.name) for entry in fields(arguments) if entry.name in names}
+
+
 @dataclass
 class DataArguments:
     """
     The images that a script reads, how it cuts them, and where its result goes. A script adds its own arguments in a
     subclass.
-
-    Raises:
-        ValueError: if an argument is out of its range, or if not exactly one source of data is named.
     """
 
     # The arguments of which one names the data.
@@ -102,23 +125,23 @@ class DataArguments:
         """All arguments by name."""
         return asdict(self)
 
+    @property
+    def data_name(self) -> str:
+        """The one source of data that is named."""
+        return next(getattr(self, name) for name in self.SOURCES if getattr(self, name) is not None)
+
 
 @dataclass
 class TrainingArguments(DataArguments):
-    """
-    Arguments under the names of diffusers' training examples.
-
-    Raises:
-        ValueError: if an argument is out of its range, or if not exactly one source of data is named.
-    """
+    """Arguments under the names of diffusers' training examples."""
 
     output_dir: str = argument("outputs/model", "Folder of the trained model, its model card and its checkpoints.")
     max_validation_samples: int = argument(1000, "Validate on at most this many images, drawn by the seed.")
 
-    train_batch_size: int = argument(16, "Images a device and forward pass.")
+    train_batch_size: int = argument(16, "Images per device and forward pass.")
     num_train_epochs: float = argument(100, "Times that the dataset is gone through, without `max_train_steps`.")
     max_train_steps: int | None = argument(None, "Number of optimizer steps.")
-    gradient_accumulation_steps: int = argument(1, "Forward passes an optimizer step.")
+    gradient_accumulation_steps: int = argument(1, "Forward passes per optimizer step.")
     gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass to save memory.")
     mixed_precision: str | None = argument(
         None, "`no`, `fp16` or `bf16`; by default as `accelerate` is configured.", choices=["no", "fp16", "bf16"]
@@ -166,15 +189,19 @@ class TrainingArguments(DataArguments):
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
 
+    def facts(self, resolution: int, num_parameters: int) -> dict[str, str]:
+        """Data, size and learning rate, for the model card."""
+        return {
+            "data": f"`{without_local_paths(self.data_name)}`, {resolution} x {resolution} pixels",
+            "parameters": f"{num_parameters:,}",
+            "learning rate": f"{self.learning_rate:g}, {self.lr_scheduler}",
+        }
+
 
 @dataclass
 class GeneratorArguments(TrainingArguments):
     """
     What the two generators have in common: tokens instead of images, the tokenizer, alignment, validation pictures.
-
-    Raises:
-        ValueError: if an argument is out of its range, if not exactly one source of data is named, if there is none
-            of the tokenizer, or if an argument about images comes with a token dataset.
     """
 
     SOURCES: ClassVar[tuple[str, ...]] = ("token_dataset", "dataset_name", "train_data_dir")
@@ -214,6 +241,30 @@ class GeneratorArguments(TrainingArguments):
                     f"out, or give it to `tokenize_dataset.py`; got {getattr(self, entry.name)!r}."
                 )
 
+    def load_source(self, device: torch.device, patch_size: int = 1) -> TokenSource:
+        """
+        The data, tokenizer and teacher that are named.
+
+        Args:
+            device (`torch.device`): where the generator is trained.
+            patch_size (`int`, *optional*, defaults to 1): codes along a side of the square that makes a token.
+
+        Returns:
+            [`TokenSource`].
+        """
+        if self.token_dataset is not None:
+            from_tokens = TokenSource.from_token_dataset
+            return from_tokens(patch_size=patch_size, **values_for(from_tokens, self))
+        tokenizer = load_image_tokenizer(str(self.tokenizer), sample_size=self.resolution).to(device)
+        train, validation = load_image_dataset(**values_for(load_image_dataset, self))
+        transform = ImageTransform(channels=tokenizer.in_channels, **values_for(ImageTransform, self))
+        teacher = None
+        if self.teacher is not None:
+            rows, columns = (side // patch_size for side in tokenizer.grid_size)
+            teacher = Teacher(self.teacher, (rows, columns)).to(device)
+        columns_of_rows = {"image_column": self.image_column, "label_column": self.label_column}
+        return TokenSource.from_images(train, validation, tokenizer, transform, teacher=teacher, **columns_of_rows)
+
     def alignment_depths(self, num_layers: int) -> tuple[int, int]:
         """
         The layers that the teacher is set against.
@@ -224,9 +275,6 @@ class GeneratorArguments(TrainingArguments):
         Returns:
             `tuple[int, int]`: the layer that is aligned with the teacher, `repa_depth` or about a third of the depth,
             and the layer that validations compare with it, `cknna_depth` or the same.
-
-        Raises:
-            ValueError: if the generator has no such layer.
         """
         repa_depth = max(1, round(num_layers / 3)) if self.repa_depth is None else self.repa_depth
         cknna_depth = repa_depth if self.cknna_depth is None else self.cknna_depth
@@ -249,9 +297,6 @@ def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = No
 
     Returns:
         An instance of `arguments_class`.
-
-    Raises:
-        ValueError: if the recipe is no mapping or has an unknown name, or if an argument is out of its range.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(arguments_class, allow_abbrev=False)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -11,121 +12,149 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from torch.utils.data import Sampler
 
-from .arguments import DataArguments
 
-
-def load_image_dataset(args: DataArguments) -> tuple[Dataset, Dataset | None]:
+def load_image_dataset(
+    dataset_name: str | None = None,
+    *,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    train_split: str | None = None,
+    validation_split: str | None = None,
+    image_column: str = "image",
+    max_train_samples: int | None = None,
+    max_validation_samples: int | None = None,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset | None]:
     """
-    Load the images that the arguments name.
+    Load images for training and validation.
 
     Args:
-        args ([`DataArguments`]): which dataset, splits and columns.
+        dataset_name, dataset_config_name, train_data_dir: as in [`load_splits`].
+        train_split (`str`, *optional*): by default `train`, or the only split there is.
+        validation_split (`str`, *optional*): by default `validation` or `test`, if there is one.
+        image_column (`str`, *optional*, defaults to `"image"`): the column that holds the images.
+        max_train_samples, max_validation_samples (`int`, *optional*): images at most, drawn by `seed`.
+        seed (`int`, *optional*, defaults to 0): which ones.
 
     Returns:
         `tuple[Dataset, Dataset | None]`: training and validation images; `None` if there is no validation split.
-
-    Raises:
-        ValueError: if a split or the image column is missing.
     """
-    splits = load_splits(args)
-    train_split = args.train_split or ("train" if "train" in splits else None)
-    if train_split is None and len(splits) == 1:
-        train_split = next(iter(splits))
-    validation_split = args.validation_split or next((name for name in ("validation", "test") if name in splits), None)
-    for argument, name in (("train_split", train_split), ("validation_split", validation_split)):
-        if name not in splits and not (argument == "validation_split" and name is None):
-            raise ValueError(f"`{argument}` must be one of the dataset's splits {list(splits)}, got {name!r}.")
-    train = splits[train_split]
-    if args.image_column not in train.column_names:
-        raise ValueError(f"`image_column` {args.image_column!r} is none of the columns {train.column_names}.")
-    if not isinstance(train.features[args.image_column], datasets.Image):
-        raise ValueError(
-            f"`image_column` {args.image_column!r} must hold images, but it has the type "
-            f"{train.features[args.image_column]}."
-        )
-    train = draw(train, args.max_train_samples, args.seed)
+    splits = load_splits(dataset_name, dataset_config_name=dataset_config_name, train_data_dir=train_data_dir)
+    if train_split is None:
+        train_split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
+    train = draw(pick_split(splits, train_split, "train_split", image_column), max_train_samples, seed)
+    if validation_split is None:
+        validation_split = next((name for name in ("validation", "test") if name in splits), None)
     if validation_split is None:
         return train, None
-    return train, draw(splits[validation_split], args.max_validation_samples, args.seed)
+    validation = pick_split(splits, validation_split, "validation_split", image_column)
+    return train, draw(validation, max_validation_samples, seed)
 
 
-def draw(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
+def load_splits(
+    dataset_name: str | None = None, *, dataset_config_name: str | None = None, train_data_dir: str | None = None
+) -> DatasetDict:
+    """
+    Load all splits of a dataset, which either of two arguments names.
+
+    Args:
+        dataset_name (`str`, *optional*):
+            a dataset of the Hub, or locally a folder that `datasets` can load or has saved, or a parquet file.
+        dataset_config_name (`str`, *optional*): configuration of the dataset, if it has several.
+        train_data_dir (`str`, *optional*): a folder in the layout of `datasets`' imagefolder.
+
+    Returns:
+        `datasets.DatasetDict`: the splits by name.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(
+            f"Give either `dataset_name` or `train_data_dir`, got {dataset_name!r} and {train_data_dir!r}."
+        )
+    if dataset_name is None:
+        return datasets.load_dataset("imagefolder", data_dir=train_data_dir)
+    path = Path(dataset_name)
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=str(path))
+    if (path / "dataset_dict.json").is_file():
+        return DatasetDict.load_from_disk(str(path))
+    if (path / "state.json").is_file():
+        return DatasetDict({"train": Dataset.load_from_disk(str(path))})
+    return datasets.load_dataset(dataset_name, dataset_config_name)
+
+
+def pick_split(splits: DatasetDict, name: str | None, argument: str, image_column: str = "image") -> Dataset:
+    """
+    A split that holds images.
+
+    Args:
+        splits (`datasets.DatasetDict`): all splits.
+        name (`str` or `None`): which one.
+        argument (`str`): the argument that named it, for the error.
+        image_column (`str`, *optional*, defaults to `"image"`): the column that must hold images.
+
+    Returns:
+        `datasets.Dataset`: the split.
+    """
+    if name not in splits:
+        raise ValueError(f"`{argument}` must be one of the dataset's splits {list(splits)}, got {name!r}.")
+    rows = splits[name]
+    if image_column not in rows.column_names:
+        raise ValueError(f"`image_column` {image_column!r} is none of the columns {rows.column_names}.")
+    feature = rows.features[image_column]
+    if not isinstance(feature, datasets.Image):
+        raise ValueError(f"`image_column` {image_column!r} must hold images, but it has the type {feature}.")
+    return rows
+
+
+def draw(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     """
     Draw rows of a dataset.
 
     Args:
-        dataset (`datasets.Dataset`): any dataset.
+        rows (`datasets.Dataset`): any dataset.
         limit (`int`, *optional*): how many rows at most; `None` for all.
         seed (`int`): which ones.
 
     Returns:
         `datasets.Dataset`: the dataset itself, or `limit` of its rows in random order.
     """
-    return dataset if limit is None or limit >= len(dataset) else dataset.shuffle(seed=seed).select(range(limit))
+    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
-def load_splits(args: DataArguments) -> DatasetDict:
+def read_class_names(rows: Dataset, label_column: str) -> dict[int, str]:
     """
-    Load all splits of the dataset that the arguments name.
+    Names of the classes of a dataset with integer labels.
 
     Args:
-        args ([`DataArguments`]): which dataset.
-
-    Returns:
-        `datasets.DatasetDict`: the splits by name.
-    """
-    if args.train_data_dir is not None:
-        return datasets.load_dataset("imagefolder", data_dir=args.train_data_dir)
-    path = Path(args.dataset_name)
-    if path.is_file():
-        return datasets.load_dataset("parquet", data_files=str(path))
-    if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(path))
-    if (path / "state.json").is_file():
-        return DatasetDict({"train": datasets.load_from_disk(str(path))})
-    return datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-
-
-def read_class_names(dataset: Dataset, label_column: str) -> dict[int, str]:
-    """
-    Names of the classes of a dataset.
-
-    Args:
-        dataset (`datasets.Dataset`): a dataset with integer labels.
+        rows (`datasets.Dataset`): the dataset.
         label_column (`str`): its column of labels.
 
     Returns:
         `dict[int, str]`: ids from 0 to the number of classes less one, and their names. Without names in the
         dataset's features, a class is called by its number.
-
-    Raises:
-        ValueError: if the column is missing, or if a label is no integer or negative or above the names.
     """
-    check_labels(dataset, label_column)
-    names = getattr(dataset.features[label_column], "names", None)
-    return dict(enumerate(names or map(str, range(max(dataset[label_column]) + 1))))
+    check_labels(rows, label_column)
+    names = getattr(rows.features[label_column], "names", None)
+    return dict(enumerate(names or map(str, range(max(rows[label_column]) + 1))))
 
 
-def check_labels(dataset: Dataset, label_column: str, num_classes: int | None = None) -> None:
+def check_labels(rows: Dataset, label_column: str, num_classes: int | None = None) -> None:
     """
-    Check that all labels are ids of classes.
+    Raise a `ValueError` unless all labels are ids of classes.
 
     Args:
-        dataset (`datasets.Dataset`): a dataset with integer labels.
+        rows (`datasets.Dataset`): a dataset with integer labels.
         label_column (`str`): its column of labels.
         num_classes (`int`, *optional*): number of classes; by default the number of names, if there are names.
-
-    Raises:
-        ValueError: if the column is missing, or if a label is no integer or not in [0, num_classes).
     """
-    if label_column not in dataset.column_names:
-        raise ValueError(f"`label_column` {label_column!r} is none of the columns {dataset.column_names}.")
-    labels = dataset[label_column]
+    if label_column not in rows.column_names:
+        raise ValueError(f"`label_column` {label_column!r} is none of the columns {rows.column_names}.")
+    labels = rows[label_column]
     wrong = [label for label in labels if isinstance(label, bool) or not isinstance(label, int)]
     if wrong:
         raise ValueError(f"`label_column` {label_column!r} must hold integers, got {list(map(str, wrong[:5]))}.")
     labels = set(labels)
-    names = getattr(dataset.features[label_column], "names", None)
+    names = getattr(rows.features[label_column], "names", None)
     num_classes = num_classes or (max(labels) + 1 if names is None else len(names))
     if min(labels) < 0 or max(labels) >= num_classes:
         raise ValueError(
@@ -134,73 +163,111 @@ def check_labels(dataset: Dataset, label_column: str, num_classes: int | None = 
         )
 
 
-class ImageDataset(torch.utils.data.Dataset):
+@dataclass(frozen=True)
+class ImageTransform:
     """
-    Images as `pixel_values`, float32 of shape `(channels, resolution, resolution)` in [-1, 1], and `class_labels`.
-    Transparent images are put on white.
-
-    It is read by `(index, position)`, where `position` counts all images read in training: the random crop and flip
-    are functions of the seed and of that position. A plain `index` gives the plain image: a square from the middle.
+    Crop, flip and resize: a picture becomes `pixel_values`. Transparent pictures are put on white; squares are resized
+    by PIL's antialiased bicubic filter.
 
     Args:
-        dataset (`datasets.Dataset`): with a column of images and, optionally, one of integer labels.
-        args ([`DataArguments`]): columns, resolution, crop and flip.
-        channels (`int`): 1 for grey images, 3 for RGB.
-        with_labels (`bool`): whether to read `class_labels`.
-
-    Raises:
-        ValueError: if `channels` is neither 1 nor 3.
+        resolution (`int`): side of the result in pixels.
+        channels (`int`, *optional*, defaults to 3): 1 for grey, 3 for RGB.
+        center_crop (`bool`, *optional*, defaults to `False`): whether random squares lie in the middle.
+        min_crop_scale (`float`, *optional*, defaults to 1.0):
+            side of the smallest random square over the short side of the picture, in (0, 1].
+        random_flip (`bool`, *optional*, defaults to `False`): whether half of the pictures are mirrored.
+        seed (`int`, *optional*, defaults to 0): seed of the random squares and flips.
     """
 
-    def __init__(self, dataset: Dataset, args: DataArguments, channels: int, with_labels: bool):
-        if channels not in (1, 3):
-            raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {channels}.")
-        self.dataset = dataset
-        self.args = args
-        self.mode = "L" if channels == 1 else "RGB"
-        self.with_labels = with_labels
+    resolution: int
+    channels: int = 3
+    center_crop: bool = False
+    min_crop_scale: float = 1.0
+    random_flip: bool = False
+    seed: int = 0
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {self.channels}.")
+        if self.resolution < 1:
+            raise ValueError(f"`resolution` must be at least 1, got {self.resolution}.")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        index, position = key if isinstance(key, tuple) else (key, None)
-        row = self.dataset[index]
-        image = self._crop(self._convert(row[self.args.image_column], index), position)
-        # A fresh array: the one behind a PIL image is read-only.
-        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(*image.size[::-1], len(self.mode))
-        item = {"pixel_values": pixels.permute(2, 0, 1).contiguous() / 127.5 - 1}
-        if self.with_labels:
-            item["class_labels"] = torch.tensor(row[self.args.label_column])
-        return item
+    def __call__(self, image: Image.Image, position: int | None = None) -> torch.Tensor:
+        """
+        Transform a picture.
 
-    def _convert(self, image: Image.Image | None, index: int) -> Image.Image:
-        mode = None if image is None else image.mode
+        Args:
+            image (`PIL.Image.Image`): a picture of 8 bits per channel.
+            position (`int`, *optional*):
+                number that, with the seed, draws square and flip. By default the square in the middle, as it is.
+
+        Returns:
+            `torch.Tensor` of shape `(channels, resolution, resolution)`: float32 in [-1, 1].
+        """
         # PIL would cut off values of more than 8 bits instead of scaling them.
-        if mode is None or mode in ("I", "F") or mode.startswith("I;16"):
-            raise ValueError(
-                f"Row {index} of `image_column` {self.args.image_column!r} must hold an image of 8 bits a channel, "
-                f"got {'None' if mode is None else f'mode {mode!r}'}."
-            )
+        if image is None or image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            got = "None" if image is None else f"mode {image.mode!r}"
+            raise ValueError(f"`image` must be an image of 8 bits per channel, got {got}.")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert(self.mode)
+        image = self._square(image.convert("L" if self.channels == 1 else "RGB"), position)
+        # A fresh array: the one behind a PIL image is read-only.
+        pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(*image.size[::-1], self.channels)
+        return pixels.permute(2, 0, 1).contiguous() / 127.5 - 1
 
-    def _crop(self, image: Image.Image, position: int | None) -> Image.Image:
-        """A square of the image, resized with PIL's antialiased bicubic filter."""
-        short_side = min(image.size)
-        if position is None:
-            side, place, flip = short_side, (0.5, 0.5), False
-        else:
-            generator = random.Random(f"{self.args.seed}-{position}")
-            side = round(short_side * generator.uniform(self.args.min_crop_scale, 1))
-            place = (0.5, 0.5) if self.args.center_crop else (generator.random(), generator.random())
-            flip = self.args.random_flip and generator.random() < 0.5
+    def _square(self, image: Image.Image, position: int | None) -> Image.Image:
+        side: float = min(image.size)
+        place, flip = (0.5, 0.5), False
+        if position is not None:
+            generator = random.Random(f"{self.seed}-{position}")
+            side = round(side * generator.uniform(self.min_crop_scale, 1))
+            place = (0.5, 0.5) if self.center_crop else (generator.random(), generator.random())
+            flip = self.random_flip and generator.random() < 0.5
         left, top = (round((size - side) * share) for size, share in zip(image.size, place, strict=True))
-        size = (self.args.resolution, self.args.resolution)
+        size = (self.resolution, self.resolution)
         image = image.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """
+    Rows with images as `pixel_values`, float32 of shape `(channels, resolution, resolution)` in [-1, 1], and
+    `class_labels`.
+
+    It is read by `(index, position)`, where `position` counts all images read in training: random crop and flip are
+    functions of the transform's seed and of that position. A plain `index` gives the plain image.
+
+    Args:
+        rows (`datasets.Dataset`): with a column of images and, optionally, one of integer labels.
+        transform ([`ImageTransform`]): what becomes of a picture.
+        image_column (`str`, *optional*, defaults to `"image"`): the column of images.
+        label_column (`str`, *optional*): the column of labels, if `class_labels` are wanted.
+    """
+
+    def __init__(
+        self, rows: Dataset, transform: ImageTransform, image_column: str = "image", label_column: str | None = None
+    ):
+        self.rows = rows
+        self.transform = transform
+        self.image_column = image_column
+        self.label_column = label_column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        index, position = key if isinstance(key, tuple) else (key, None)
+        row = self.rows[index]
+        try:
+            item = {"pixel_values": self.transform(row[self.image_column], position)}
+        except ValueError as error:
+            raise ValueError(f"Row {index} of `image_column` {self.image_column!r}: {error}") from error
+        if self.label_column is not None:
+            item["class_labels"] = torch.tensor(row[self.label_column])
+        return item
 
 
 class ResumableSampler(Sampler[tuple[int, int]]):
@@ -226,7 +293,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         return max(0, self.stop - self.start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order, pass_of_order = None, None
+        order, pass_of_order = np.empty(0), None
         for position in range(self.start, self.stop):
             current_pass, place = divmod(position, self.num_samples)
             if current_pass != pass_of_order:

@@ -3,11 +3,11 @@
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-
-from .run import TrainingRun
 
 
 TEMPLATE = """---
@@ -52,41 +52,29 @@ Method: iFSQ, [arXiv 2601.17124](https://arxiv.org/abs/2601.17124).
 
 
 def make_model_card(
-    run: TrainingRun,
     title: str,
     description: str,
     usage: str,
+    facts: Mapping[str, str],
     metrics: Mapping[str, float],
-    num_parameters: int,
+    arguments: Mapping[str, Any],
     pipeline_tag: str,
 ) -> str:
     """
-    Write the model card of a run: data, steps, metrics and the command.
+    Write the model card of a run. It names no folder of the machine that trained, see [`without_local_paths`].
 
     Args:
-        run ([`TrainingRun`]): the finished run.
         title (`str`): headline.
         description (`str`): what the model is.
         usage (`str`): Python code that loads and uses it.
+        facts (`dict[str, str]`): what it was trained on and how.
         metrics (`dict[str, float]`): results of the last validation.
-        num_parameters (`int`): parameters of the trained model.
+        arguments (`dict[str, Any]`): all arguments of the training script.
         pipeline_tag (`str`): task in the terms of the Hub.
 
     Returns:
         `str`: the card, with metadata for the Hub.
     """
-    args = run.args
-    (data,) = (getattr(args, name) for name in args.SOURCES if getattr(args, name) is not None)
-    facts = {
-        "data": f"`{data}`, {args.resolution} x {args.resolution} pixels",
-        "parameters": f"{num_parameters:,}",
-        "steps": f"{run.global_step:,}",
-        "images a step": f"{run.global_batch_size:,}",
-        "learning rate": f"{args.learning_rate:g}, {args.lr_scheduler}",
-        "precision": {"no": "fp32"}.get(run.accelerator.mixed_precision, run.accelerator.mixed_precision),
-        "averaging": f"EMA of {args.ema_decay}" if args.use_ema else "none",
-        "seed": f"{args.seed}",
-    }
     metadata = ModelCardData(library_name="hf-ifsq", pipeline_tag=pipeline_tag, tags=["ifsq"])
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
@@ -94,7 +82,23 @@ def make_model_card(
         description=description,
         usage=usage,
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        arguments=yaml.safe_dump(args.to_dict(), sort_keys=False),
-        command=f"accelerate launch {shlex.join(sys.argv)}",
+        arguments=yaml.safe_dump(
+            {name: without_local_paths(value) for name, value in arguments.items()}, sort_keys=False
+        ),
+        command=f"accelerate launch {shlex.join(map(without_local_paths, sys.argv))}",
         metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
     )
+
+
+def without_local_paths(value: Any) -> Any:
+    """
+    A value as it may be published: of a path that says where something lies on this machine, absolute, in a home or
+    above the working folder, the last part alone. `--name=PATH` is shortened likewise.
+    """
+    if not isinstance(value, str | Path):
+        return value
+    option, equals, text = str(value).rpartition("=") if str(value).startswith("--") else ("", "", str(value))
+    path = Path(text)
+    if path.is_absolute() or text.startswith("~") or ".." in path.parts:
+        text = path.name
+    return f"{option}{equals}{text}"

@@ -1,6 +1,7 @@
 """Token datasets, images tokenized once, and the source that gives generators tokens of either images or these."""
 
 import contextlib
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -20,8 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from ..metrics.alignment import CKNNA_NEIGHBORS
 from ..models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from ..vision.vision_model import Teacher
-from .arguments import GeneratorArguments
-from .data import ImageDataset, check_labels, draw, load_image_dataset, read_class_names
+from .data import ImageDataset, ImageTransform, check_labels, draw, read_class_names
 
 
 logger = logging.getLogger(__name__)
@@ -35,14 +35,13 @@ class TokenDatasetInfo:
     What the rows of a token dataset are: the content of its `token_dataset.json`.
 
     Args:
-        tokenizer (`dict`):
-            `name_or_path`, `revision` (of the Hub, or `None`), and what [`ImageTokenizer.describe`] says.
+        tokenizer (`dict`): `name_or_path`, `revision` (of the Hub, or `None`), and the [`fingerprint`].
         scaling_factor (`float`): of the tokenizer, what codes are multiplied by to make latents.
         resolution (`int`): side in pixels of the images.
         teacher (`dict` or `None`): `name_or_path` and `hidden_size` of the stored features, if any.
         num_rows (`dict[str, int]`): rows of each split.
-        images (`dict`): the arguments that chose and cut the images.
-        shards (`dict`): the arguments that grouped the images into batches and files.
+        images (`dict`): what chose and cut the images.
+        shards (`dict`): what grouped the images into batches and files.
         hf_ifsq_version (`str`): version of this package that made the rows.
     """
 
@@ -57,18 +56,7 @@ class TokenDatasetInfo:
 
     @classmethod
     def load(cls, name_or_path: str) -> "TokenDatasetInfo":
-        """
-        Read the description of a token dataset.
-
-        Args:
-            name_or_path (`str`): folder of the token dataset, or its name on the Hub.
-
-        Returns:
-            [`TokenDatasetInfo`].
-
-        Raises:
-            ValueError: if there is no finished token dataset of that name.
-        """
+        """Read the description of a token dataset, which is a folder or a name on the Hub."""
         file = Path(name_or_path, INFO_FILE)
         if not Path(name_or_path).is_dir():
             try:
@@ -80,14 +68,14 @@ class TokenDatasetInfo:
                 ) from error
         elif not file.is_file():
             raise ValueError(
-                f"`token_dataset` {name_or_path!r} has no {INFO_FILE}: it is no token dataset, or one that is not "
+                f"`token_dataset` {name_or_path!r} has no {INFO_FILE}: it is not a token dataset, or one that is not "
                 "finished, which the same `tokenize_dataset.py` command goes on with."
             )
         return cls.from_file(file)
 
     @classmethod
     def from_file(cls, file: Path) -> "TokenDatasetInfo":
-        """Read a `token_dataset.json`; a `ValueError` if it has other entries than said above."""
+        """Read a `token_dataset.json`."""
         content = json.loads(file.read_text(encoding="utf-8"))
         try:
             return cls(**content)
@@ -100,9 +88,29 @@ class TokenDatasetInfo:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an image."""
+        """Tokens per image."""
         rows, columns = self.tokenizer["grid_size"]
         return rows * columns
+
+
+def fingerprint(tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """
+    What makes the tokens of a tokenizer its own: class, codebook and its quantizer's options, and a SHA-256 of the
+    weights, which must not be on the meta device.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(tokenizer.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    config = tokenizer.model.config
+    return {
+        "class": type(tokenizer.model).__name__,
+        "codebook_size": tokenizer.codebook_size,
+        "levels": tokenizer.levels,
+        **{name: config.get(name) for name in ("alpha", "bound", "equal_bins")},
+        "grid_size": list(tokenizer.grid_size),
+        "weights_sha256": digest.hexdigest(),
+    }
 
 
 def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict:
@@ -115,9 +123,6 @@ def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict
 
     Returns:
         `datasets.DatasetDict`: its splits, with `indices`, `label` and `teacher_features` where there are any.
-
-    Raises:
-        ValueError: if rows are missing, or if a token is not in the codebook.
     """
     # The check below says more than the one of `datasets`.
     splits = datasets.load_dataset(name_or_path, verification_mode="no_checks")
@@ -129,7 +134,7 @@ def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict
         feature = rows.features.get("indices")
         if getattr(feature, "length", None) != info.num_tokens:
             raise ValueError(
-                f"`token_dataset` {name_or_path!r} must have a column `indices` of {info.num_tokens} tokens a row, "
+                f"`token_dataset` {name_or_path!r} must have a column `indices` of {info.num_tokens} tokens per row, "
                 f"but that of the split {name!r} is {feature}."
             )
         for chunk in rows.data.column("indices").chunks:
@@ -158,7 +163,7 @@ class TokenDataset(torch.utils.data.Dataset):
         with_teacher_features (`bool`): whether to read `teacher_features`.
     """
 
-    def __init__(self, rows: Dataset, with_teacher_features: bool):
+    def __init__(self, rows: Dataset, with_teacher_features: bool = False):
         columns = ["indices", "label"] + ["teacher_features"] * with_teacher_features
         # Rows as Arrow tables: twenty times as fast as the numpy format of `datasets` where lists are nested.
         self.rows = rows.select_columns(columns).with_format("arrow")
@@ -194,93 +199,111 @@ class TokenSource:
     run, and the tokenizer stays on the CPU but for validation pictures.
 
     Args:
-        args ([`GeneratorArguments`]): which data, tokenizer and teacher. Without a `resolution`, that of the token
-            dataset is entered.
-        device (`torch.device`): where the generator is trained.
-        patch_size (`int`, *optional*, defaults to 1): codes along a side of the square that the teacher's features
-            stand for.
-
-    Attributes:
         tokenizer ([`ImageTokenizer`]): the tokenizer, in float32: a rounded latent is another token.
         train_data ([`ImageDataset`] or [`TokenDataset`]): training rows, to be read by `(index, position)`.
-        validation_data ([`ImageDataset`], [`TokenDataset`] or `None`): validation rows, to be read by `index`.
+        validation_data ([`ImageDataset`] or [`TokenDataset`], *optional*): validation rows, to be read by `index`.
         id2label (`dict[int, str]`): names of the classes.
-        teacher_hidden_size (`int` or `None`): width of the teacher's features; `None` without a teacher.
-        measures_cknna (`bool`): whether validations can compare hidden states with the teacher's features: there are
-            both a teacher and enough validation images.
+        teacher ([`Teacher`], *optional*): the model that gives the features of images.
+        teacher_hidden_size (`int`, *optional*): width of the features, if there are any; that of `teacher`.
 
-    Raises:
-        ValueError: if labels, tokens, tokenizer or teacher are not what the arguments or the token dataset say.
+    Attributes:
+        measures_cknna (`bool`): whether validations can compare hidden states with the teacher's features: there are
+            both features and enough validation images.
     """
 
-    def __init__(self, args: GeneratorArguments, device: torch.device, patch_size: int = 1):
-        self.device = device
-        self.teacher_hidden_size: int | None = None
-        self._teacher: Teacher | None = None
-        if args.token_dataset is None:
-            self._open_images(args, patch_size)
-        else:
-            self._open_tokens(args, patch_size)
-        self.measures_cknna = args.teacher is not None and self.validation_data is not None
-        if self.measures_cknna and len(self.validation_data) <= CKNNA_NEIGHBORS:
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        train_data: ImageDataset | TokenDataset,
+        validation_data: ImageDataset | TokenDataset | None,
+        id2label: dict[int, str],
+        teacher: Teacher | None = None,
+        teacher_hidden_size: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.train_data = train_data
+        self.validation_data = validation_data
+        self.id2label = id2label
+        self.teacher = teacher
+        self.teacher_hidden_size = teacher_hidden_size if teacher is None else teacher.hidden_size
+        self.measures_cknna = self.teacher_hidden_size is not None and validation_data is not None
+        if self.measures_cknna and len(validation_data or ()) <= CKNNA_NEIGHBORS:
             logger.warning(
                 f"Validations leave out CKNNA, which takes more than {CKNNA_NEIGHBORS} images, its number of nearest "
-                f"neighbours: there are {len(self.validation_data)}."
+                f"neighbours: there are {len(validation_data or ())}."
             )
             self.measures_cknna = False
 
-    def _open_images(self, args: GeneratorArguments, patch_size: int) -> None:
-        self.tokenizer = load_image_tokenizer(args.tokenizer, sample_size=args.resolution).to(self.device)
-        train, validation = load_image_dataset(args)
-        self._read_labels(train, validation, args.label_column)
-        channels = self.tokenizer.in_channels
-        self.train_data = ImageDataset(train, args, channels, with_labels=True)
-        self.validation_data = None
-        if validation is not None:
-            self.validation_data = ImageDataset(validation, args, channels, with_labels=True)
-        if args.teacher is not None:
-            grid_size = tuple(side // patch_size for side in self.tokenizer.grid_size)
-            self._teacher = Teacher(args.teacher, grid_size).to(self.device)
-            self.teacher_hidden_size = self._teacher.hidden_size
+    @classmethod
+    def from_images(
+        cls,
+        train: Dataset,
+        validation: Dataset | None,
+        tokenizer: ImageTokenizer,
+        transform: ImageTransform,
+        image_column: str = "image",
+        label_column: str = "label",
+        teacher: Teacher | None = None,
+    ) -> "TokenSource":
+        """
+        Images that are tokenized on the way.
 
-    def _open_tokens(self, args: GeneratorArguments, patch_size: int) -> None:
-        info = TokenDatasetInfo.load(args.token_dataset)
-        if args.resolution not in (None, info.resolution):
+        Args:
+            train, validation (`datasets.Dataset`): rows with images and labels; `validation` may be `None`.
+            tokenizer ([`ImageTokenizer`]), teacher ([`Teacher`], *optional*): on the device of the training.
+            transform ([`ImageTransform`]): what becomes of a picture.
+            image_column, label_column (`str`): columns of the rows.
+        """
+        id2label = _read_labels(train, validation, label_column)
+        train_data, validation_data = (
+            None if rows is None else ImageDataset(rows, transform, image_column, label_column)
+            for rows in (train, validation)
+        )
+        return cls(tokenizer, train_data, validation_data, id2label, teacher)
+
+    @classmethod
+    def from_token_dataset(
+        cls,
+        token_dataset: str,
+        tokenizer: str | None = None,
+        teacher: str | None = None,
+        patch_size: int = 1,
+        resolution: int | None = None,
+        max_train_samples: int | None = None,
+        max_validation_samples: int | None = None,
+        seed: int = 0,
+    ) -> "TokenSource":
+        """
+        Tokens that were made in advance.
+
+        Args:
+            token_dataset (`str`): folder of the token dataset, or its name on the Hub.
+            tokenizer (`str`, *optional*): where its tokenizer is now, by default the place that it names.
+            teacher (`str`, *optional*): name of the teacher whose features are stored, if they are wanted.
+            patch_size (`int`, *optional*, defaults to 1): codes along a side of the square that a feature stands for.
+            resolution (`int`, *optional*): side in pixels that the images must have had.
+            max_train_samples, max_validation_samples (`int`, *optional*): rows at most, drawn by `seed`.
+            seed (`int`, *optional*, defaults to 0): which ones.
+        """
+        info = TokenDatasetInfo.load(token_dataset)
+        if resolution not in (None, info.resolution):
             raise ValueError(
-                f"`resolution` is {args.resolution}, but `token_dataset` {args.token_dataset!r} is of images of "
+                f"`resolution` is {resolution}, but `token_dataset` {token_dataset!r} is of images of "
                 f"{info.resolution} pixels: leave it out."
             )
-        args.resolution = info.resolution
-        if args.teacher is not None:
-            _check_teacher(args, info, patch_size)
-            self.teacher_hidden_size = info.teacher["hidden_size"]
-        self.tokenizer = _load_tokenizer_of(args, info)
-        splits = load_token_dataset(args.token_dataset, info)
-        train, validation = draw(splits["train"], args.max_train_samples, args.seed), splits.get("validation")
+        width = None if teacher is None else _width_of_features(token_dataset, info, teacher, patch_size)
+        loaded = _load_tokenizer_of(token_dataset, info, tokenizer)
+        splits = load_token_dataset(token_dataset, info)
+        train, validation = draw(splits["train"], max_train_samples, seed), splits.get("validation")
         if validation is not None:
-            validation = draw(validation, args.max_validation_samples, args.seed)
-        self._read_labels(train, validation, "label")
-        self.train_data = TokenDataset(train, with_teacher_features=args.teacher is not None)
-        self.validation_data = None
-        if validation is not None:
-            self.validation_data = TokenDataset(validation, with_teacher_features=args.teacher is not None)
-
-    def _read_labels(self, train: Dataset, validation: Dataset | None, label_column: str) -> None:
-        self.id2label = read_class_names(train, label_column)
-        if validation is not None:
-            check_labels(validation, label_column, len(self.id2label))
+            validation = draw(validation, max_validation_samples, seed)
+        id2label = _read_labels(train, validation, "label")
+        validation_data = None if validation is None else TokenDataset(validation, width is not None)
+        return cls(loaded, TokenDataset(train, width is not None), validation_data, id2label, None, width)
 
     @torch.no_grad()
     def indices(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """
-        Token ids of a batch.
-
-        Args:
-            batch (`dict[str, torch.Tensor]`): rows of `train_data` or `validation_data`.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens)`, int64, in [0, codebook_size), in raster order.
-        """
+        """Token ids of a batch of rows: int64 of shape `(batch, tokens)`, in [0, codebook_size), in raster order."""
         if "indices" in batch:
             return batch["indices"]
         return self.tokenizer.encode_indices(batch["pixel_values"]).flatten(1)
@@ -288,15 +311,8 @@ class TokenSource:
     @torch.no_grad()
     def codes(self, batch: dict[str, torch.Tensor], sample_posterior: bool = False) -> torch.Tensor:
         """
-        Codes of a batch.
-
-        Args:
-            batch (`dict[str, torch.Tensor]`): rows of `train_data` or `validation_data`.
-            sample_posterior (`bool`, *optional*, defaults to `False`):
-                whether to draw the codes of an `AutoencoderKL` from their distribution instead of taking its mode.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, latent_channels, rows, columns)`.
+        Codes of a batch of rows: `(batch, latent_channels, rows, columns)`. With `sample_posterior` those of an
+        `AutoencoderKL` are drawn from their distribution instead of taken at its mode.
         """
         if "indices" in batch:
             return self.tokenizer.indices_to_codes(batch["indices"].unflatten(1, self.tokenizer.grid_size))
@@ -304,65 +320,69 @@ class TokenSource:
 
     @torch.no_grad()
     def teacher_features(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """
-        Features of the teacher, stored ones where the data has them.
-
-        Args:
-            batch (`dict[str, torch.Tensor]`): rows of `train_data` or `validation_data`.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, patches, teacher_hidden_size)`, float32, in raster order.
-        """
+        """Features of a batch of rows: float32 of shape `(batch, patches, teacher_hidden_size)`, in raster order."""
         if "teacher_features" in batch:
             return batch["teacher_features"].float()
-        return self._teacher(batch["pixel_values"])
+        if self.teacher is None:
+            raise ValueError("There are no teacher features: no `teacher` was given.")
+        return self.teacher(batch["pixel_values"])
 
     @contextlib.contextmanager
-    def tokenizer_on_device(self) -> Iterator[None]:
-        """The tokenizer for a while where the generator is, to decode what it generates."""
-        device = self.tokenizer.model.device
-        self.tokenizer.to(self.device)
+    def tokenizer_on(self, device: torch.device) -> Iterator[None]:
+        """The tokenizer for a while on another device, to decode what is generated there."""
+        usual_device = self.tokenizer.model.device
+        self.tokenizer.to(device)
         try:
             yield
         finally:
-            self.tokenizer.to(device)
+            self.tokenizer.to(usual_device)
 
 
-def _load_tokenizer_of(args: GeneratorArguments, info: TokenDatasetInfo) -> ImageTokenizer:
-    """The tokenizer of a token dataset, or the one that the arguments name if it is the same."""
-    name, revision = args.tokenizer, None
+def _read_labels(train: Dataset, validation: Dataset | None, label_column: str) -> dict[int, str]:
+    """Names of the classes of the training rows, of which the validation rows must have no other."""
+    id2label = read_class_names(train, label_column)
+    if validation is not None:
+        check_labels(validation, label_column, len(id2label))
+    return id2label
+
+
+def _load_tokenizer_of(token_dataset: str, info: TokenDatasetInfo, name_or_path: str | None) -> ImageTokenizer:
+    """The tokenizer of a token dataset, from the place that it names or from where it is now."""
+    name, revision = name_or_path, None
     if name is None:
-        name, revision = info.tokenizer["name_or_path"], info.tokenizer["revision"]
+        name, revision = str(info.tokenizer["name_or_path"]), info.tokenizer["revision"]
     try:
         tokenizer = load_image_tokenizer(name, sample_size=info.resolution, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"The tokenizer {name!r} of `token_dataset` {args.token_dataset!r} cannot be loaded: give `--tokenizer` "
-            f"with the place where it is now. {error}"
+            f"The tokenizer {name!r} of `token_dataset` {token_dataset!r} cannot be loaded: give `--tokenizer` with "
+            f"the place where it is now. {error}"
         ) from error
     differences = [
         f"`{key}` ({info.tokenizer.get(key)} and {value})"
-        for key, value in tokenizer.describe().items()
+        for key, value in fingerprint(tokenizer).items()
         if info.tokenizer.get(key) != value
     ]
     if differences:
         raise ValueError(
-            f"`token_dataset` {args.token_dataset!r} and `tokenizer` {name!r} disagree on {', '.join(differences)}: "
-            f"use the tokenizer that made the tokens, {info.tokenizer['name_or_path']!r}."
+            f"`token_dataset` {token_dataset!r} and `tokenizer` {name!r} disagree on {', '.join(differences)}: use "
+            f"the tokenizer that made the tokens, {info.tokenizer['name_or_path']!r}."
         )
     return tokenizer
 
 
-def _check_teacher(args: GeneratorArguments, info: TokenDatasetInfo, patch_size: int) -> None:
+def _width_of_features(token_dataset: str, info: TokenDatasetInfo, teacher: str, patch_size: int) -> int:
+    """Width of the features of a teacher, which a token dataset must have for patches of single codes."""
     stored = None if info.teacher is None else info.teacher["name_or_path"]
-    if stored != args.teacher:
+    if info.teacher is None or stored != teacher:
         has = "no teacher features" if stored is None else f"features of {stored!r}"
         raise ValueError(
-            f"`teacher` is {args.teacher!r}, but `token_dataset` {args.token_dataset!r} has {has}: tokenize the "
-            f"images with `--teacher {args.teacher}`, or train without `--teacher` or from images."
+            f"`teacher` is {teacher!r}, but `token_dataset` {token_dataset!r} has {has}: tokenize the images with "
+            f"`--teacher {teacher}`, or train without `--teacher` or from images."
         )
     if patch_size != 1:
         raise ValueError(
-            f"`teacher` features of `token_dataset` {args.token_dataset!r} stand for single codes, but the "
-            f"`patch_size` is {patch_size}: train from images, or without `--teacher`."
+            f"`teacher` features of `token_dataset` {token_dataset!r} stand for single codes, but the `patch_size` is "
+            f"{patch_size}: train from images, or without `--teacher`."
         )
+    return info.teacher["hidden_size"]

@@ -1,0 +1,49 @@
+"""The optimizer of all trainings and the schedule of its learning rate."""
+
+from collections.abc import Iterable
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    num_training_steps: int,
+    num_processes: int = 1,
+    *,
+    learning_rate: float = 1e-4,
+    lr_scheduler: str = "constant",
+    lr_warmup_steps: int = 0,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.95,
+    adam_weight_decay: float = 0.0,
+    adam_epsilon: float = 1e-8,
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """
+    AdamW and a schedule of its learning rate.
+
+    Args:
+        parameters (`Iterable[torch.nn.Parameter]`): what is trained.
+        num_training_steps (`int`): optimizer steps, over which the schedule runs.
+        num_processes (`int`, *optional*, defaults to 1):
+            processes that train together: Accelerate advances a prepared schedule once for each of them.
+        learning_rate (`float`, *optional*, defaults to 1e-4): after the warmup.
+        lr_scheduler (`str`, *optional*, defaults to `"constant"`): a name of `diffusers.optimization`.
+        lr_warmup_steps (`int`, *optional*, defaults to 0): steps over which the learning rate rises from zero.
+        adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon (`float`, *optional*): of AdamW.
+
+    Returns:
+        `tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]`: optimizer and schedule.
+    """
+    betas = (adam_beta1, adam_beta2)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=betas, weight_decay=adam_weight_decay, eps=adam_epsilon
+    )
+    schedule = get_scheduler(
+        lr_scheduler,
+        optimizer,
+        num_warmup_steps=lr_warmup_steps * num_processes,
+        num_training_steps=num_training_steps * num_processes,
+    )
+    return optimizer, schedule
