@@ -12,6 +12,7 @@ recognizer that is fitted there. `output_dir` receives `results.json`, `tables.m
 """
 
 import json
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from transformers import AutoModelForImageClassification, HfArgumentParser
 from hf_ifsq import IFSQDiTPipeline
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio
+from hf_ifsq.models.grid import as_grid
 from hf_ifsq.models.image_tokenizer import ImageTokenizer, as_image_tokenizer
-from hf_ifsq.training.arguments import TrainingArguments, argument
-from hf_ifsq.training.data import ImageDataset, load_image_dataset
+from hf_ifsq.training.arguments import argument
+from hf_ifsq.training.data import ImageDataset, ImageTransform, load_image_dataset
 from hf_ifsq.vision.vision_model import FeatureExtractor
 
 
@@ -108,26 +110,20 @@ def main(args: SamplingArguments) -> None:
 def load_images(args: SamplingArguments, tokenizer: ImageTokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Training images in [-1, 1], `(count, channels, size, size)`, and their labels."""
     size = tokenizer.model.config.sample_size
-    data_args = TrainingArguments(
-        dataset_name=args.dataset_name,
-        resolution=size if isinstance(size, int) else size[0],
-        center_crop=True,
-        max_train_samples=args.max_train_samples,
-        seed=args.seed,
-    )
-    data = ImageDataset(load_image_dataset(data_args)[0], data_args, channels=tokenizer.in_channels, with_labels=True)
-    rows = [data[index] for index in range(len(data))]
-    return torch.stack([row["pixel_values"] for row in rows]), torch.stack([row["class_labels"] for row in rows])
+    rows, _ = load_image_dataset(args.dataset_name, max_train_samples=args.max_train_samples, seed=args.seed)
+    transform = ImageTransform(as_grid(size)[0], tokenizer.in_channels)
+    data = ImageDataset(rows, transform, label_column="label")
+    items = [data[index] for index in range(len(data))]
+    return torch.stack([item["pixel_values"] for item in items]), torch.stack([item["class_labels"] for item in items])
 
 
 class DigitRecognizer:
     """The support vector machine of `demo.py`, fitted on real digits; its features are the pixels, 2 x 2 averaged."""
 
     def __init__(self) -> None:
-        import demo
-
-        digits, _, labels, _ = demo.load_data()
-        self.classifier = demo.fit_recognizer(digits, labels)
+        demo = runpy.run_path(str(Path(__file__).parents[1] / "demo.py"))
+        digits, _, labels, _ = demo["load_data"]()
+        self.classifier = demo["fit_recognizer"](digits, labels)
 
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.classifier.predict(images.flatten(1).add(1).div(2).numpy()))

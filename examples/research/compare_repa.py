@@ -13,15 +13,14 @@ goes on.
 """
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import tokenize_dataset
 import torch
-import train_repa_ar
-import train_repa_dit
 from accelerate import PartialState
 from diffusers.optimization import get_scheduler
 from torch.nn import functional as F
@@ -34,7 +33,13 @@ from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.models.image_tokenizer import load_image_tokenizer
 from hf_ifsq.pipelines.pipeline_utils import ClassConditionalPipeline
 from hf_ifsq.training.arguments import argument
-from hf_ifsq.training.data import ImageDataset, ResumableSampler, load_image_dataset, read_class_names
+from hf_ifsq.training.data import (
+    ImageDataset,
+    ImageTransform,
+    ResumableSampler,
+    load_image_dataset,
+    read_class_names,
+)
 from hf_ifsq.vision.vision_model import IMAGENET_MEAN, IMAGENET_STD, FeatureExtractor
 
 
@@ -113,9 +118,20 @@ def main(args: ComparisonArguments) -> None:
     draw_samples(args, folder / "samples.png")
 
 
-def image_arguments(args: ComparisonArguments, **options: Any) -> tokenize_dataset.TokenizationArguments:
-    images = {"dataset_name": args.dataset_name, "resolution": args.resolution}
-    return tokenize_dataset.TokenizationArguments(**images, **options)
+def run_script(name: str, **options: Any) -> None:
+    """Run a script beside this folder, in a process of its own, with those of the options that are not `None`."""
+    argv = []
+    for option, value in options.items():
+        if value is not None:
+            argv += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    subprocess.run([sys.executable, Path(__file__).parents[1] / f"{name}.py", *argv], check=True)
+
+
+def load_images(args: ComparisonArguments, split: str, **options: Any) -> ImageDataset:
+    """Labelled images of a split, transformed by the options."""
+    train, validation = load_image_dataset(args.dataset_name)
+    rows = train if split == "train" else validation
+    return ImageDataset(rows, ImageTransform(args.resolution, **options), label_column="label")
 
 
 def train_classifier(args: ComparisonArguments, name: str, seed: int) -> None:
@@ -123,13 +139,11 @@ def train_classifier(args: ComparisonArguments, name: str, seed: int) -> None:
     folder = args.output_dir / name
     if (folder / "config.json").is_file():
         return
-    data_args = image_arguments(args, seed=seed, num_augmentations=1, random_flip=True, min_crop_scale=0.75)
-    images, _ = load_image_dataset(data_args)
-    data = ImageDataset(images, data_args, channels=3, with_labels=True)
+    data = load_images(args, "train", seed=seed, random_flip=True, min_crop_scale=0.75)
     batch_size, steps = 128, args.classifier_steps
     sampler = ResumableSampler(len(data), seed, 0, steps * batch_size)
     torch.manual_seed(seed)
-    id2label = read_class_names(images, data_args.label_column)
+    id2label = read_class_names(data.rows, "label")
     config = ResNetConfig(hidden_sizes=[96], depths=[4], layer_type="basic", id2label=id2label)
     model = ResNetForImageClassification(config).to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
@@ -152,9 +166,17 @@ def train_classifier(args: ComparisonArguments, name: str, seed: int) -> None:
 
 def tokenize(args: ComparisonArguments, teacher: str) -> None:
     """Tokens of the flipped training images, with the features of the teacher."""
-    options = {"tokenizer": args.tokenizer, "teacher": teacher, "output_dir": str(args.output_dir / "tokens")}
-    options |= {"num_augmentations": args.num_augmentations, "random_flip": True}
-    tokenize_dataset.main(image_arguments(args, seed=args.seed, **options))
+    run_script(
+        "tokenize_dataset",
+        dataset_name=args.dataset_name,
+        resolution=args.resolution,
+        tokenizer=args.tokenizer,
+        teacher=teacher,
+        output_dir=args.output_dir / "tokens",
+        num_augmentations=args.num_augmentations,
+        random_flip=True,
+        seed=args.seed,
+    )
 
 
 def folder_of(args: ComparisonArguments, variant: str) -> Path:
@@ -180,10 +202,9 @@ def train_generator(args: ComparisonArguments, variant: str, teacher: str) -> No
     if args.generator == "ar":
         size = {"hidden_size": args.hidden_size, "num_hidden_layers": args.num_layers}
         size |= {"vocab_sizes": args.vocab_sizes, "num_factor_layers": 1}
-        train_repa_ar.main(train_repa_ar.ARTrainingArguments(**options, **size))
     else:
         size = {"num_layers": args.num_layers, "attention_head_dim": args.hidden_size // args.num_attention_heads}
-        train_repa_dit.main(train_repa_dit.DiTTrainingArguments(**options, **size))
+    run_script(f"train_repa_{args.generator}", **options, **size)
 
 
 class Judge:
@@ -193,8 +214,7 @@ class Judge:
         folder = str(args.output_dir / name)
         self.extractor = FeatureExtractor(folder, image_size=args.resolution).to(DEVICE)
         self.classifier = ResNetForImageClassification.from_pretrained(folder).classifier.to(DEVICE)
-        data_args = image_arguments(args)
-        data = ImageDataset(load_image_dataset(data_args)[1], data_args, channels=3, with_labels=True)
+        data = load_images(args, "validation")
         (batch,) = DataLoader(data, batch_size=len(data))
         self.images, self.labels = batch["pixel_values"], batch["class_labels"]
         self.reference_moments = FeatureMoments()

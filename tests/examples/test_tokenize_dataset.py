@@ -26,9 +26,9 @@ from transformers import ViTConfig, ViTModel
 
 from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
-from hf_ifsq.training.arguments import TrainingArguments, parse_args
-from hf_ifsq.training.data import ImageDataset, load_image_dataset
-from hf_ifsq.training.tokens import TokenDatasetInfo, load_token_dataset
+from hf_ifsq.training.arguments import parse_args
+from hf_ifsq.training.data import ImageDataset, ImageTransform, load_image_dataset
+from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint, load_token_dataset
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -117,8 +117,10 @@ def contents(folder):
 
 def image_data(workspace, **overrides):
     """The training and validation images as the training scripts read them."""
-    args = TrainingArguments(dataset_name=str(workspace / "data"), resolution=16, **overrides)
-    return [images and ImageDataset(images, args, 3, with_labels=True) for images in load_image_dataset(args)]
+    options = {"max_train_samples": overrides.pop("max_train_samples", None), "seed": overrides.get("seed", 0)}
+    transform = ImageTransform(16, **overrides)
+    splits = load_image_dataset(str(workspace / "data"), **options)
+    return [images and ImageDataset(images, transform, label_column="label") for images in splits]
 
 
 def encode(workspace, items):
@@ -220,7 +222,7 @@ def test_description_and_card(workspace, reference):
     assert content["tokenizer"] == {
         "name_or_path": str(workspace / "tokenizer"),
         "revision": None,
-        **tokenizer.describe(),
+        **fingerprint(tokenizer),
     }
     assert content["tokenizer"]["codebook_size"] == 765 and content["tokenizer"]["grid_size"] == [4, 4]
     assert content["teacher"] == {"name_or_path": str(workspace / "teacher"), "hidden_size": 12}
@@ -366,9 +368,8 @@ import torch
 _, file, repo, *sys.argv = sys.argv
 runpy.run_path(sys.argv[0], run_name="__main__")
 pathlib.Path(repo).rename(repo + "-gone")  # what is cached of its revision is left
-from hf_ifsq.training.arguments import GeneratorArguments
 from hf_ifsq.training.tokens import TokenSource
-source = TokenSource(GeneratorArguments(token_dataset="someone/tokens"), torch.device("cpu"))
+source = TokenSource.from_token_dataset(token_dataset="someone/tokens")
 torch.save([source.train_data[index]["indices"] for index in range(len(source.train_data))], file)
 """
 

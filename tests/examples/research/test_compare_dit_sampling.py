@@ -1,5 +1,6 @@
 import importlib
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 @pytest.fixture
 def module(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.syspath_prepend(EXAMPLES / "research")
     return importlib.import_module("compare_dit_sampling")
 
 
@@ -79,7 +80,7 @@ def test_the_whole_comparison(module, tmp_path, make_autoencoder, make_dit, caps
 
 def test_recognizer_of_digits(module):
     recognizer = module.DigitRecognizer()
-    _, digits, _, labels = importlib.import_module("demo").load_data()
+    _, digits, _, labels = runpy.run_path(str(EXAMPLES / "demo.py"))["load_data"]()
     images = torch.from_numpy(digits).float()[:, None] * 2 - 1
     assert (recognizer.predict(images).numpy() == labels).mean() > 0.98
     features = recognizer.features(images)
