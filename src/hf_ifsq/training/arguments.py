@@ -254,7 +254,7 @@ class GeneratorArguments(TrainingArguments):
         """
         if self.token_dataset is not None:
             from_tokens = TokenSource.from_token_dataset
-            return from_tokens(patch_size=patch_size, **values_for(from_tokens, self))
+            return from_tokens(**values_for(from_tokens, self) | {"patch_size": patch_size})
         tokenizer = load_image_tokenizer(str(self.tokenizer), sample_size=self.resolution).to(device)
         train, validation = load_image_dataset(**values_for(load_image_dataset, self))
         transform = ImageTransform(channels=tokenizer.in_channels, **values_for(ImageTransform, self))
