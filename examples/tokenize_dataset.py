@@ -107,7 +107,7 @@ def main(args: TokenizationArguments) -> None:
         batches = ShardBatches(shards, args.batch_size, num_augmentations[split])
         loader = iter(DataLoader(data, batch_sampler=batches, num_workers=args.dataloader_num_workers))
         for shard in tqdm(shards, desc=f"Shards of {split}", disable=not accelerator.is_local_main_process):
-            with writer.open(shard) as file:
+            with writer.open(shard) as add_rows:
                 for batch in itertools.islice(loader, batches.count(shard)):
                     pixel_values = batch["pixel_values"].to(accelerator.device)
                     columns = {"indices": tokenizer.encode_indices(pixel_values).flatten(1)}
@@ -115,7 +115,7 @@ def main(args: TokenizationArguments) -> None:
                         columns["label"] = batch["class_labels"]
                     if teacher is not None:
                         columns["teacher_features"] = teacher(pixel_values)
-                    file.add(**columns)
+                    add_rows(**columns)
     accelerator.wait_for_everyone()
 
     # 5. Result.

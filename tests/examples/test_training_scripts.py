@@ -821,9 +821,9 @@ def test_the_state_that_predicts_a_token_is_aligned_with_the_patch_of_that_token
     )
     writer = TokenDatasetWriter(str(tmp_path / "tokens"), info, ClassLabel(names=NAMES))
     writer.begin()
-    with writer.open(writer.shards("train")[0]) as file:
+    with writer.open(writer.shards("train")[0]) as add_rows:
         features = torch.nn.functional.one_hot(indices.roll(shift, dims=1), 15).float()
-        file.add(indices=indices, label=torch.arange(600) % 3, teacher_features=features)
+        add_rows(indices=indices, label=torch.arange(600) % 3, teacher_features=features)
     writer.finish("Random tokens")
     model = "--vocab_sizes 15 --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --dropout 0"
     training = "--train_batch_size 32 --max_train_steps 60 --learning_rate 5e-3 --projector_dim 64 --logging_steps 5"

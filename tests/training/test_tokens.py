@@ -51,8 +51,8 @@ def write(folder, info, splits, label_feature=None):
     writer.begin()
     for split, columns in splits.items():
         for shard in writer.shards(split):
-            with writer.open(shard) as file:
-                file.add(**{name: column[shard.start : shard.stop] for name, column in columns.items()})
+            with writer.open(shard) as add_rows:
+                add_rows(**{name: column[shard.start : shard.stop] for name, column in columns.items()})
     writer.finish("Tokens of photos")
     return str(folder)
 
@@ -152,9 +152,9 @@ def test_shards_have_several_row_groups_where_rows_are_large(tmp_path, monkeypat
     writer = TokenDatasetWriter(tmp_path / "tokens", info, ClassLabel(names=NAMES))
     writer.begin()
     (shard,) = writer.shards("train")
-    with writer.open(shard) as file:
+    with writer.open(shard) as add_rows:
         for start in range(0, 40, 5):
-            file.add(**{name: column[start : start + 5] for name, column in columns.items()})
+            add_rows(**{name: column[start : start + 5] for name, column in columns.items()})
     writer.finish("Tokens of photos")
     # A row has 16 tokens of a byte, 96 features of two bytes and a label of eight: 216 bytes, a batch 1080.
     assert pq.read_metadata(shard.path).num_row_groups == 2

@@ -299,7 +299,7 @@ def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = No
         An instance of `arguments_class`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(arguments_class, allow_abbrev=False)
+    parser = HfArgumentParser([arguments_class], allow_abbrev=False)  # type: ignore[list-item]  # dataclasses are types
     config_parser = HfArgumentParser((), allow_abbrev=False, add_help=False)
     config_parser.add_argument("--config")
     recipe_file = config_parser.parse_known_args(argv)[0].config

@@ -293,7 +293,7 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         return max(0, self.stop - self.start)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order, pass_of_order = np.empty(0), None
+        pass_of_order, order = -1, np.arange(0)
         for position in range(self.start, self.stop):
             current_pass, place = divmod(position, self.num_samples)
             if current_pass != pass_of_order:

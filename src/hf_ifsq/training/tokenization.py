@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,32 +118,18 @@ class TokenDatasetWriter:
             self.features["teacher_features"] = List(feature, length=info.num_tokens)
 
     def begin(self) -> None:
-        """
-        Prepare the folder, before any process writes shards and in only one of them.
-
-        Raises:
-            ValueError: if the folder has a token dataset with another description, or files of something else.
-        """
-        unfinished = self.folder / f"partial-{INFO_FILE}"
-        for file in (self.folder / INFO_FILE, unfinished):
+        """Prepare the folder, before any process writes shards and in only one of them."""
+        for file in (self.folder / INFO_FILE, self._unfinished):
             if file.is_file():
                 self._check_same(TokenDatasetInfo.from_file(file))
                 return
         if any(self.folder.glob("data/*")):
             raise ValueError(f"`output_dir` {self.folder} has data of something else: choose another folder.")
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
-        _write_whole(unfinished, self.info.to_json())
+        _write_whole(self._unfinished, self.info.to_json())
 
     def shards(self, split: str) -> list[Shard]:
-        """
-        All files of a split.
-
-        Args:
-            split (`str`): one of the splits in `info.num_rows`.
-
-        Returns:
-            `list[Shard]`: in the order of their rows.
-        """
+        """All files of a split, in the order of their rows."""
         num_rows, rows_per_shard = self.info.num_rows[split], self.info.shards["images_per_shard"]
         starts = range(0, num_rows, rows_per_shard)
         return [
@@ -156,24 +142,39 @@ class TokenDatasetWriter:
         ]
 
     @contextlib.contextmanager
-    def open(self, shard: Shard) -> Iterator["ShardFile"]:
-        """A file to add the rows of a shard to; at the end it takes the name of the shard."""
+    def open(self, shard: Shard) -> Iterator[Callable[..., None]]:
+        """
+        Open a shard: what it gives adds a batch of rows, a tensor `(batch, ...)` for each column by its name. At the
+        end the file takes the name of the shard.
+        """
         partial = shard.path.with_name(f"partial-{shard.path.name}")
-        with ParquetWriter(partial, self.features.arrow_schema, **PARQUET_OPTIONS) as writer:
-            file = ShardFile(writer, self.features)
-            yield file
-            file.flush()
-        if file.num_rows != shard.stop - shard.start:
-            raise RuntimeError(f"{shard.path} must get {shard.stop - shard.start} rows, got {file.num_rows}.")
+        schema = self.features.arrow_schema
+        # Written in groups, for memory not to grow with a shard.
+        group: list[pa.Table] = []
+        num_rows = 0
+
+        def flush() -> None:
+            if group:
+                writer.write_table(pa.concat_tables(group))
+                group.clear()
+
+        def add(**columns: torch.Tensor) -> None:
+            nonlocal num_rows
+            arrays = [_to_arrow(name, columns[name].cpu().numpy(), schema.field(name).type) for name in self.features]
+            group.append(pa.table(arrays, schema=schema))
+            num_rows += len(group[-1])
+            if sum(table.nbytes for table in group) >= ROW_GROUP_BYTES:
+                flush()
+
+        with ParquetWriter(partial, schema, **PARQUET_OPTIONS) as writer:
+            yield add
+            flush()
+        if num_rows != shard.stop - shard.start:
+            raise RuntimeError(f"{shard.path} must get {shard.stop - shard.start} rows, got {num_rows}.")
         partial.rename(shard.path)
 
     def finish(self, title: str) -> None:
-        """
-        Write the card and give the description its name, after all shards and in only one process.
-
-        Args:
-            title (`str`): headline of the card.
-        """
+        """Write the card under a title and give the description its name, after all shards and in only one process."""
         info, tokenizer = self.info, self.info.tokenizer
         # The names of the files say what split they are, not `configs` of the card: with these, `datasets` takes the
         # cached rows of any other folder of the same name for those of this one.
@@ -184,9 +185,11 @@ class TokenDatasetWriter:
         DatasetInfosDict({"default": DatasetInfo(features=self.features, splits=splits)}).to_dataset_card_data(
             metadata
         )
+        revision = "" if tokenizer["revision"] is None else f" at revision {tokenizer['revision']}"
+        levels = "" if tokenizer["levels"] is None else f", levels {tokenizer['levels']}"
         facts = {
-            "tokenizer": f"`{tokenizer['name_or_path']}`" + _if_any(" at revision {}", tokenizer["revision"]),
-            "codebook": f"{tokenizer['codebook_size']:,} tokens" + _if_any(", levels {}", tokenizer["levels"]),
+            "tokenizer": f"`{tokenizer['name_or_path']}`{revision}",
+            "codebook": f"{tokenizer['codebook_size']:,} tokens{levels}",
             "grid": "{} x {} tokens".format(*tokenizer["grid_size"]),
             "teacher": "none" if info.teacher is None else f"`{info.teacher['name_or_path']}`",
             "images": ", ".join(f"{name}: {value}" for name, value in info.images.items() if value is not None),
@@ -206,9 +209,12 @@ class TokenDatasetWriter:
             info_file=INFO_FILE,
         )
         _write_whole(self.folder / "README.md", card)
-        unfinished = self.folder / f"partial-{INFO_FILE}"
-        if unfinished.is_file():
-            unfinished.rename(self.folder / INFO_FILE)
+        if self._unfinished.is_file():
+            self._unfinished.rename(self.folder / INFO_FILE)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / f"partial-{INFO_FILE}"
 
     def _check_same(self, begun: TokenDatasetInfo) -> None:
         before, now = _flatten(asdict(begun)), _flatten(asdict(self.info))
@@ -219,48 +225,6 @@ class TokenDatasetWriter:
                 f"`output_dir` {self.folder} has a token dataset begun with other settings: {differences}. Give the "
                 "same ones to go on, or another folder."
             )
-
-
-class ShardFile:
-    """
-    A parquet file to which batches of rows are added. They are written in groups, for memory not to grow with a shard.
-
-    Args:
-        writer (`pyarrow.parquet.ParquetWriter`): the open file.
-        features (`datasets.Features`): its columns.
-    """
-
-    def __init__(self, writer: ParquetWriter, features: Features):
-        self.writer = writer
-        self.features = features
-        self.num_rows = 0
-        self._batches: list[pa.Table] = []
-        self._num_bytes = 0
-
-    def add(self, **columns: torch.Tensor) -> None:
-        """
-        Add a batch of rows.
-
-        Args:
-            columns (`torch.Tensor` of shape `(batch, ...)`): values of each column.
-
-        Raises:
-            ValueError: if a value of `teacher_features` is beyond the range of float16.
-        """
-        schema = self.features.arrow_schema
-        arrays = [_to_arrow(name, columns[name].cpu().numpy(), schema.field(name).type) for name in self.features]
-        table = pa.table(arrays, schema=schema)
-        self._batches.append(table)
-        self._num_bytes += table.nbytes
-        self.num_rows += len(table)
-        if self._num_bytes >= ROW_GROUP_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows that are still in memory."""
-        if self._batches:
-            self.writer.write_table(pa.concat_tables(self._batches))
-            self._batches, self._num_bytes = [], 0
 
 
 def _to_arrow(name: str, values: np.ndarray, arrow_type: pa.DataType) -> pa.Array:
@@ -285,10 +249,6 @@ def _flatten(content: dict[str, Any]) -> dict[str, Any]:
         parts = _flatten(value) if isinstance(value, dict) else {}
         flat.update({f"{name}.{key}": part for key, part in parts.items()} or {name: value})
     return flat
-
-
-def _if_any(template: str, value: Any) -> str:
-    return "" if value is None else template.format(value)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -255,11 +255,9 @@ class TokenSource:
             image_column, label_column (`str`): columns of the rows.
         """
         id2label = _read_labels(train, validation, label_column)
-        train_data, validation_data = (
-            None if rows is None else ImageDataset(rows, transform, image_column, label_column)
-            for rows in (train, validation)
-        )
-        return cls(tokenizer, train_data, validation_data, id2label, teacher)
+        options = (transform, image_column, label_column)
+        validation_data = None if validation is None else ImageDataset(validation, *options)
+        return cls(tokenizer, ImageDataset(train, *options), validation_data, id2label, teacher)
 
     @classmethod
     def from_token_dataset(
