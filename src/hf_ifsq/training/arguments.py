@@ -36,33 +36,14 @@ ABOUT_IMAGES = (
 
 
 def argument(default: Any, help: str, **metadata: Any) -> Any:
-    """
-    A field of a dataclass of arguments.
-
-    Args:
-        default: its default; a list is copied for each instance.
-        help (`str`): what `--help` says of it.
-        metadata: further options of `argparse`, such as `choices`.
-
-    Returns:
-        `dataclasses.field`.
-    """
+    """A field of a dataclass of arguments: default, text of `--help`, and options of `argparse` such as `choices`."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def values_for(function: Callable, arguments: Any) -> dict[str, Any]:
-    """
-    The arguments of a script that a function or class takes, under the same names.
-
-    Args:
-        function (`Callable`): what is to be called.
-        arguments: a dataclass of arguments.
-
-    Returns:
-        `dict[str, Any]`: keyword arguments for `function`.
-    """
+    """The arguments in a dataclass that a function or class takes, under the same names."""
     names = inspect.signature(function).parameters
     return {entry.name: getattr(arguments, entry.name) for entry in fields(arguments) if entry.name in names}
 
@@ -242,16 +223,7 @@ class GeneratorArguments(TrainingArguments):
                 )
 
     def load_source(self, device: torch.device, patch_size: int = 1) -> TokenSource:
-        """
-        The data, tokenizer and teacher that are named.
-
-        Args:
-            device (`torch.device`): where the generator is trained.
-            patch_size (`int`, *optional*, defaults to 1): codes along a side of the square that makes a token.
-
-        Returns:
-            [`TokenSource`].
-        """
+        """The data, tokenizer and teacher that are named, on a device; `patch_size` codes are the side of a token."""
         if self.token_dataset is not None:
             from_tokens = TokenSource.from_token_dataset
             return from_tokens(**values_for(from_tokens, self) | {"patch_size": patch_size})
@@ -267,14 +239,8 @@ class GeneratorArguments(TrainingArguments):
 
     def alignment_depths(self, num_layers: int) -> tuple[int, int]:
         """
-        The layers that the teacher is set against.
-
-        Args:
-            num_layers (`int`): layers of the generator.
-
-        Returns:
-            `tuple[int, int]`: the layer that is aligned with the teacher, `repa_depth` or about a third of the depth,
-            and the layer that validations compare with it, `cknna_depth` or the same.
+        The layer that is aligned with the teacher, `repa_depth` or about a third of the depth, and the layer that
+        validations compare with it, `cknna_depth` or the same.
         """
         repa_depth = max(1, round(num_layers / 3)) if self.repa_depth is None else self.repa_depth
         cknna_depth = repa_depth if self.cknna_depth is None else self.cknna_depth
@@ -294,9 +260,6 @@ def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = No
     Args:
         arguments_class (`type`): [`DataArguments`] or a subclass.
         argv (`list[str]`, *optional*): arguments, by default those of the process.
-
-    Returns:
-        An instance of `arguments_class`.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser([arguments_class], allow_abbrev=False)  # type: ignore[list-item]  # dataclasses are types

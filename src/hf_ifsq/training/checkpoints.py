@@ -19,11 +19,8 @@ STATE_FILE = "training_state.json"
 
 class Checkpoints:
     """
-    Folders `checkpoint-N`, each of which is there as a whole or not at all, and has a `training_state.json`.
-
-    Args:
-        output_dir (`pathlib.Path`): where they are.
-        total_limit (`int`, *optional*): how many to keep; the oldest are removed.
+    Folders `checkpoint-N`, each of which is there as a whole or not at all and has a `training_state.json`. With a
+    `total_limit` the oldest are removed.
     """
 
     def __init__(self, output_dir: Path, total_limit: int | None = None):
@@ -36,15 +33,7 @@ class Checkpoints:
         return iter(sorted((int(match[1]), path) for match, path in matches if match))
 
     def find(self, name: str | None) -> Path | None:
-        """
-        The checkpoint to resume from.
-
-        Args:
-            name (`str`, *optional*): a folder, here or anywhere, or `latest` for the last one here, if any.
-
-        Returns:
-            `pathlib.Path` or `None`.
-        """
+        """The checkpoint to resume from: a folder, here or anywhere, or `latest` for the last one here, if any."""
         paths = [path for _, path in self]
         if name is None:
             return None

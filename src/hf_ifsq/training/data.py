@@ -55,16 +55,13 @@ def load_splits(
     dataset_name: str | None = None, *, dataset_config_name: str | None = None, train_data_dir: str | None = None
 ) -> DatasetDict:
     """
-    Load all splits of a dataset, which either of two arguments names.
+    Load all splits of a dataset, which one of two arguments names.
 
     Args:
         dataset_name (`str`, *optional*):
             a dataset of the Hub, or locally a folder that `datasets` can load or has saved, or a parquet file.
         dataset_config_name (`str`, *optional*): configuration of the dataset, if it has several.
         train_data_dir (`str`, *optional*): a folder in the layout of `datasets`' imagefolder.
-
-    Returns:
-        `datasets.DatasetDict`: the splits by name.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
@@ -83,18 +80,7 @@ def load_splits(
 
 
 def pick_split(splits: DatasetDict, name: str | None, argument: str, image_column: str = "image") -> Dataset:
-    """
-    A split that holds images.
-
-    Args:
-        splits (`datasets.DatasetDict`): all splits.
-        name (`str` or `None`): which one.
-        argument (`str`): the argument that named it, for the error.
-        image_column (`str`, *optional*, defaults to `"image"`): the column that must hold images.
-
-    Returns:
-        `datasets.Dataset`: the split.
-    """
+    """A split, which must have images in a column; `argument` is what named it, for the error."""
     if name not in splits:
         raise ValueError(f"`{argument}` must be one of the dataset's splits {list(splits)}, got {name!r}.")
     rows = splits[name]
@@ -107,31 +93,14 @@ def pick_split(splits: DatasetDict, name: str | None, argument: str, image_colum
 
 
 def draw(rows: Dataset, limit: int | None, seed: int) -> Dataset:
-    """
-    Draw rows of a dataset.
-
-    Args:
-        rows (`datasets.Dataset`): any dataset.
-        limit (`int`, *optional*): how many rows at most; `None` for all.
-        seed (`int`): which ones.
-
-    Returns:
-        `datasets.Dataset`: the dataset itself, or `limit` of its rows in random order.
-    """
+    """At most `limit` rows, drawn by the seed; all of them in their order if there are no more."""
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
 def read_class_names(rows: Dataset, label_column: str) -> dict[int, str]:
     """
-    Names of the classes of a dataset with integer labels.
-
-    Args:
-        rows (`datasets.Dataset`): the dataset.
-        label_column (`str`): its column of labels.
-
-    Returns:
-        `dict[int, str]`: ids from 0 to the number of classes less one, and their names. Without names in the
-        dataset's features, a class is called by its number.
+    Names of the classes of a dataset with integer labels, by their ids from 0 on. Without names in the dataset's
+    features, a class is called by its number.
     """
     check_labels(rows, label_column)
     names = getattr(rows.features[label_column], "names", None)
@@ -140,12 +109,8 @@ def read_class_names(rows: Dataset, label_column: str) -> dict[int, str]:
 
 def check_labels(rows: Dataset, label_column: str, num_classes: int | None = None) -> None:
     """
-    Raise a `ValueError` unless all labels are ids of classes.
-
-    Args:
-        rows (`datasets.Dataset`): a dataset with integer labels.
-        label_column (`str`): its column of labels.
-        num_classes (`int`, *optional*): number of classes; by default the number of names, if there are names.
+    Raise a `ValueError` unless all labels are integers in [0, num_classes), by default the number of names of the
+    dataset's features, if there are names.
     """
     if label_column not in rows.column_names:
         raise ValueError(f"`label_column` {label_column!r} is none of the columns {rows.column_names}.")
@@ -201,7 +166,7 @@ class ImageTransform:
         Args:
             image (`PIL.Image.Image`): a picture of 8 bits per channel.
             position (`int`, *optional*):
-                number that, with the seed, draws square and flip. By default the square in the middle, as it is.
+                number that, with the seed, draws square and flip; by default the plain square in the middle.
 
         Returns:
             `torch.Tensor` of shape `(channels, resolution, resolution)`: float32 in [-1, 1].
@@ -234,17 +199,10 @@ class ImageTransform:
 
 class ImageDataset(torch.utils.data.Dataset):
     """
-    Rows with images as `pixel_values`, float32 of shape `(channels, resolution, resolution)` in [-1, 1], and
-    `class_labels`.
-
-    It is read by `(index, position)`, where `position` counts all images read in training: random crop and flip are
-    functions of the transform's seed and of that position. A plain `index` gives the plain image.
-
-    Args:
-        rows (`datasets.Dataset`): with a column of images and, optionally, one of integer labels.
-        transform ([`ImageTransform`]): what becomes of a picture.
-        image_column (`str`, *optional*, defaults to `"image"`): the column of images.
-        label_column (`str`, *optional*): the column of labels, if `class_labels` are wanted.
+    Rows with images as `pixel_values`, float32 of shape `(channels, resolution, resolution)` in [-1, 1], and, if there
+    is a `label_column`, `class_labels`. It is read by `(index, position)`, where `position` counts all images read in
+    training: random crop and flip are functions of the transform's seed and of that position. A plain `index` gives
+    the plain image.
     """
 
     def __init__(
@@ -272,16 +230,10 @@ class ImageDataset(torch.utils.data.Dataset):
 
 class ResumableSampler(Sampler[tuple[int, int]]):
     """
-    One endless shuffled stream over a dataset, cut out from `start` to `stop`. Each pass over the data has its own
-    order, drawn from the seed and the number of the pass, so that a run that starts in the middle reads what an
-    uninterrupted one would have read.
-
-    Args:
-        num_samples (`int`): size of the dataset.
-        seed (`int`): seed of the orders.
-        start (`int`): first position of the stream.
-        stop (`int`): position after the last.
-    """  # noqa: D205
+    One endless shuffled stream over a dataset, cut out from position `start` to `stop`. Each pass over the data has
+    its own order, drawn from the seed and the number of the pass, so that a run that starts in the middle reads what
+    an uninterrupted one would have read. It gives pairs of a row's index and its position in the stream.
+    """
 
     def __init__(self, num_samples: int, seed: int, start: int, stop: int):
         self.num_samples = num_samples

@@ -64,16 +64,12 @@ def make_model_card(
     Write the model card of a run. It names no folder of the machine that trained, see [`without_local_paths`].
 
     Args:
-        title (`str`): headline.
-        description (`str`): what the model is.
+        title, description (`str`): headline, and what the model is.
         usage (`str`): Python code that loads and uses it.
         facts (`dict[str, str]`): what it was trained on and how.
         metrics (`dict[str, float]`): results of the last validation.
         arguments (`dict[str, Any]`): all arguments of the training script.
         pipeline_tag (`str`): task in the terms of the Hub.
-
-    Returns:
-        `str`: the card, with metadata for the Hub.
     """
     metadata = ModelCardData(library_name="hf-ifsq", pipeline_tag=pipeline_tag, tags=["ifsq"])
     return TEMPLATE.format(

@@ -28,13 +28,9 @@ def make_optimizer(
         num_training_steps (`int`): optimizer steps, over which the schedule runs.
         num_processes (`int`, *optional*, defaults to 1):
             processes that train together: Accelerate advances a prepared schedule once for each of them.
-        learning_rate (`float`, *optional*, defaults to 1e-4): after the warmup.
-        lr_scheduler (`str`, *optional*, defaults to `"constant"`): a name of `diffusers.optimization`.
-        lr_warmup_steps (`int`, *optional*, defaults to 0): steps over which the learning rate rises from zero.
+        learning_rate, lr_scheduler, lr_warmup_steps: rate after the steps of warmup from zero, and a name of
+            `diffusers.optimization`.
         adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon (`float`, *optional*): of AdamW.
-
-    Returns:
-        `tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]`: optimizer and schedule.
     """
     betas = (adam_beta1, adam_beta2)
     optimizer = torch.optim.AdamW(

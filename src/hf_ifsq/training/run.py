@@ -170,12 +170,9 @@ class TrainingRun:
 
     def dataloader(self, dataset: Dataset) -> DataLoader:
         """
-        The rest of the shuffled stream over `dataset` that this run has still to read: as many batches as there are
-        forward passes to come.
-
-        Args:
-            dataset (`torch.utils.data.Dataset`): training rows, read by `(index, position)`.
-        """  # noqa: D205
+        The rest of the shuffled stream over training rows, read by `(index, position)`, that this run has still to
+        read: as many batches as there are forward passes to come.
+        """
         num_samples = len(dataset)  # type: ignore[arg-type]  # torch's base class has no length
         if self._max_train_steps is None:
             self._max_train_steps = math.ceil(self.num_train_epochs * num_samples / self.global_batch_size)
@@ -216,9 +213,6 @@ class TrainingRun:
             model (`torch.nn.Module`): the trained model.
             others: optimizers, learning-rate schedulers, dataloader and further trained modules.
             saved (`ModelMixin` or `PreTrainedModel`, *optional*): the model to save, where `model` wraps it.
-
-        Returns:
-            `tuple`: all but `saved`, prepared.
         """
         source = model if saved is None else saved
         model.to(self.accelerator.device)
@@ -257,8 +251,8 @@ class TrainingRun:
             model_changed (`bool`, *optional*, defaults to `True`):
                 whether the step was one of the model that is averaged, and not of its adversary.
             tokens_per_image (`int`, *optional*):
-                to log `tokens_per_second` in place of `images_per_second`: the throughput of all processes since the
-                last entry, without the time of checkpoints and of what is `untimed`.
+                to log `tokens_per_second` in place of `images_per_second`: throughput of all processes since the last
+                entry, without the time of checkpoints and of what is `untimed`.
 
         Raises:
             FloatingPointError: if a recorded metric is no longer finite.
@@ -326,10 +320,8 @@ class TrainingRun:
 
     def finish(self, model_card: str) -> None:
         """
-        End the run: write the model card beside the saved model, push both to the Hub if asked for, close trackers.
-
-        Args:
-            model_card (`str`): text of the `README.md`.
+        End the run: write the model card beside the saved model, push both to the Hub if asked for, close
+        trackers.
         """
         self._progress_bar.close()
         if self.accelerator.is_main_process:

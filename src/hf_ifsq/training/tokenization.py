@@ -72,7 +72,7 @@ class ShardBatches:
     Args:
         shards (`list[Shard]`): shards, one after another.
         batch_size (`int`): rows of a batch; the last one of a shard may have fewer.
-        num_augmentations (`int`): rows an image, random crops drawn by the number of the row; 0 for one plain row.
+        num_augmentations (`int`): rows per image, random crops drawn by the number of the row; 0 for one plain row.
     """
 
     def __init__(self, shards: list[Shard], batch_size: int, num_augmentations: int):

@@ -115,14 +115,8 @@ def fingerprint(tokenizer: ImageTokenizer) -> dict[str, Any]:
 
 def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict:
     """
-    Load the rows of a token dataset, and check that they are what its description says.
-
-    Args:
-        name_or_path (`str`): folder of the token dataset, or its name on the Hub.
-        info ([`TokenDatasetInfo`]): its description.
-
-    Returns:
-        `datasets.DatasetDict`: its splits, with `indices`, `label` and `teacher_features` where there are any.
+    Load the rows of a token dataset, a folder or a name on the Hub, and check that they are what its description says:
+    splits with `indices`, `label` and `teacher_features` where there are any.
     """
     # The check below says more than the one of `datasets`.
     splits = datasets.load_dataset(name_or_path, verification_mode="no_checks")
@@ -153,14 +147,8 @@ def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict
 class TokenDataset(torch.utils.data.Dataset):
     """
     Rows of a token dataset as `indices`, int64 of shape `(tokens,)`, `class_labels`, and, if asked for,
-    `teacher_features`, float16 of shape `(tokens, width)`.
-
-    It is read like an [`ImageDataset`], by `index` or by `(index, position)`; the position makes no difference, since
-    crops and flips are in the rows already.
-
-    Args:
-        rows (`datasets.Dataset`): with the columns `indices` and `label`.
-        with_teacher_features (`bool`): whether to read `teacher_features`.
+    `teacher_features`, float16 of shape `(tokens, width)`. It is read like an [`ImageDataset`], by `index` or by
+    `(index, position)`; the position makes no difference, since crops and flips are in the rows already.
     """
 
     def __init__(self, rows: Dataset, with_teacher_features: bool = False):
@@ -194,21 +182,19 @@ def _first_row(column: pa.ChunkedArray) -> np.ndarray:
 
 class TokenSource:
     """
-    What a generator is trained on: tokens or codes, class labels and, with a teacher, its features. They come from
-    images that are tokenized on the way, or from a token dataset; then no image is read, tokenizer and teacher do not
-    run, and the tokenizer stays on the CPU but for validation pictures.
+    What a generator model is trained on: tokens or codes, class labels and, with a teacher, its features. They come
+    from images that are tokenized on the way, or from a token dataset; then no image is read, tokenizer and teacher do
+    not run, and the tokenizer stays on the CPU but for validation pictures.
 
     Args:
         tokenizer ([`ImageTokenizer`]): the tokenizer, in float32: a rounded latent is another token.
-        train_data ([`ImageDataset`] or [`TokenDataset`]): training rows, to be read by `(index, position)`.
-        validation_data ([`ImageDataset`] or [`TokenDataset`], *optional*): validation rows, to be read by `index`.
+        train_data, validation_data ([`ImageDataset`] or [`TokenDataset`]): rows; there may be none for validation.
         id2label (`dict[int, str]`): names of the classes.
         teacher ([`Teacher`], *optional*): the model that gives the features of images.
-        teacher_hidden_size (`int`, *optional*): width of the features, if there are any; that of `teacher`.
+        teacher_hidden_size (`int`, *optional*): width of stored features, if there are any.
 
     Attributes:
-        measures_cknna (`bool`): whether validations can compare hidden states with the teacher's features: there are
-            both features and enough validation images.
+        measures_cknna (`bool`): whether there are both features and enough validation images to compare them with.
     """
 
     def __init__(
@@ -246,13 +232,8 @@ class TokenSource:
         teacher: Teacher | None = None,
     ) -> "TokenSource":
         """
-        Images that are tokenized on the way.
-
-        Args:
-            train, validation (`datasets.Dataset`): rows with images and labels; `validation` may be `None`.
-            tokenizer ([`ImageTokenizer`]), teacher ([`Teacher`], *optional*): on the device of the training.
-            transform ([`ImageTransform`]): what becomes of a picture.
-            image_column, label_column (`str`): columns of the rows.
+        Labelled images that are tokenized on the way, by a tokenizer and a teacher on the device of the
+        training.
         """
         id2label = _read_labels(train, validation, label_column)
         options = (transform, image_column, label_column)
@@ -280,8 +261,7 @@ class TokenSource:
             teacher (`str`, *optional*): name of the teacher whose features are stored, if they are wanted.
             patch_size (`int`, *optional*, defaults to 1): codes along a side of the square that a feature stands for.
             resolution (`int`, *optional*): side in pixels that the images must have had.
-            max_train_samples, max_validation_samples (`int`, *optional*): rows at most, drawn by `seed`.
-            seed (`int`, *optional*, defaults to 0): which ones.
+            max_train_samples, max_validation_samples, seed (`int`, *optional*): rows at most, and which ones.
         """
         info = TokenDatasetInfo.load(token_dataset)
         if resolution not in (None, info.resolution):
