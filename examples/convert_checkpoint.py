@@ -2,7 +2,7 @@
 Convert an official checkpoint of iFSQ or LlamaGen.
 
     python examples/convert_checkpoint.py --checkpoint vq_ds16_c2i.pt --output_dir outputs/llamagen-vq-16
-    python examples/convert_checkpoint.py --checkpoint c2i_B_256.pt --grid_size 16 16 \\
+    python examples/convert_checkpoint.py --checkpoint c2i_B_256.pt --grid_size 16 \\
         --tokenizer outputs/llamagen-vq-16 --output_dir outputs/llamagen-b
 
 The output is a folder for `from_pretrained` of the class that its `README.md` names: a tokenizer, a generator, or with
@@ -67,7 +67,9 @@ class ConversionArguments:
         None, "Heads of an autoregressive generator, if its sizes are none of LlamaGen's."
     )
     grid_size: list[int] | None = argument(
-        None, "Rows and columns of the tokens of an autoregressive generator, if the file does not tell."
+        None,
+        "Rows and columns of the tokens of an autoregressive generator, or one number for both, if the file does "
+        "not tell.",
     )
     tokenizer: str | None = argument(
         None, "Converted or trained tokenizer of a generator, a folder or a Hub name: makes the output a pipeline."
@@ -85,9 +87,10 @@ def main(args: ConversionArguments) -> None:
         sources.append(Path(args.tokenizer).resolve())
     if output_dir.resolve() in sources:
         raise ValueError(f"`output_dir` must be another folder than {output_dir}, where files would be lost.")
-    conversion = convert_checkpoint(
-        args.checkpoint, args.config, args.weights, args.num_attention_heads, args.grid_size
-    )
+    grid_size = args.grid_size
+    if grid_size is not None and len(grid_size) == 1:
+        grid_size = grid_size[0]
+    conversion = convert_checkpoint(args.checkpoint, args.config, args.weights, args.num_attention_heads, grid_size)
     result = conversion.model
     if args.tokenizer is not None:
         result = assemble_pipeline(conversion.model, args.tokenizer)
