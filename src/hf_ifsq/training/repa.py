@@ -35,9 +35,6 @@ class RepresentationAlignment(nn.Module):
 
         Returns:
             `torch.Tensor`: minus the mean cosine similarity, a scalar in [-1, 1].
-
-        Raises:
-            ValueError: if the two have not the same number of tokens.
         """  # noqa: D205
         if hidden_states.shape[:2] != teacher_features.shape[:2]:
             raise ValueError(
