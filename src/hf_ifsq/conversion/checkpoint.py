@@ -152,13 +152,8 @@ def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: R
     """
     Fill a model, whose parameters may be without storage, with copies in float32 of weights that fit it one to one.
 
-    Args:
-        model (`torch.nn.Module`): the model.
-        weights (`dict[str, torch.Tensor]`): the weights by their official names.
-        rules (`Rules`):
-            from the name of a weight of the model to the official one, or with `|` between them to several, of equal
-            size, that it is made of one below the other.
-        dropped (`list[str]`): patterns of official names that the model has no use for.
+    The rules lead from the name of a weight of the model to the official one, or with `|` between them to several, of
+    equal size, that it is made of one below the other. The model has no use for names that match one of `dropped`.
     """
     own = model.state_dict()
     parts = {name: _rename(name, rules).split("|") for name in own}
