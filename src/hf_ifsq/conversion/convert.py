@@ -90,9 +90,7 @@ def convert_checkpoint(
     values = _read_config(path, None if config is None else Path(config), entries, source)
     logger.info(f"Converting {path}, {source.name}, weights {'alone' if entry is None else f'under `{entry}`'}.")
     model = source.convert(selected, values, **{name: options[name] for name in source.options})
-    return Conversion(
-        model=model.eval(), format_name=source.name, entry=entry, alignments=convert_projectors(selected)
-    )
+    return Conversion(model.eval(), source.name, entry, convert_projectors(selected))
 
 
 def _read_config(

@@ -1,7 +1,6 @@
 """LlamaGen's image tokenizers VQ-8 and VQ-16 into diffusers' [`~diffusers.VQModel`]."""
 
 import re
-from typing import Any
 
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch.nn import functional as F
@@ -28,7 +27,7 @@ RULES: Rules = (
 )
 
 
-def convert_llamagen_vq(weights: Weights, config: dict[str, Any] | None = None) -> VQModel:
+def convert_llamagen_vq(weights: Weights, _: None = None) -> VQModel:
     """
     Convert LlamaGen's `VQModel`, whose sizes are read from its weights, for images of 256 x 256 pixels.
 

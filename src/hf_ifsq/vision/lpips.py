@@ -89,19 +89,18 @@ class LPIPS(nn.Module):
             if not values.is_floating_point():
                 raise ValueError(f"`{name}` must be floats in [-1, 1], got a tensor of dtype {values.dtype}.")
         with torch.autocast(device_type=images.device.type, enabled=False):
+            pair = [
+                (values.float().expand(-1, 3, -1, -1) - self.shift) / self.scale for values in (images, references)
+            ]
             distances = torch.zeros(len(images), device=images.device)
-            pairs = zip(self._unit_features(images), self._unit_features(references))
-            for head, (features, reference_features) in zip(self.heads, pairs):
-                distances = distances + head((features - reference_features).square()).mean(dim=(1, 2, 3))
+            for number, layer in enumerate(self.features):
+                pair = [layer(hidden) for hidden in pair]
+                if number in self._stage_ends:
+                    lengths = [torch.linalg.vector_norm(hidden, dim=1, keepdim=True) + 1e-10 for hidden in pair]
+                    difference = pair[0] / lengths[0] - pair[1] / lengths[1]
+                    head = self.heads[self._stage_ends.index(number)]
+                    distances = distances + head(difference.square()).mean(dim=(1, 2, 3))
         return distances
-
-    def _unit_features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        hidden, features = (images.float().expand(-1, 3, -1, -1) - self.shift) / self.scale, []
-        for number, layer in enumerate(self.features):
-            hidden = layer(hidden)
-            if number in self._stage_ends:
-                features.append(hidden / (torch.linalg.vector_norm(hidden, dim=1, keepdim=True) + 1e-10))
-        return features
 
     def _load_features(self, vgg: str, revision: str | None) -> None:
         try:
