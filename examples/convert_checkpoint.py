@@ -5,8 +5,8 @@ Convert an official checkpoint of iFSQ or LlamaGen.
     python examples/convert_checkpoint.py --checkpoint c2i_B_256.pt --grid_size 16 \\
         --tokenizer outputs/llamagen-vq-16 --output_dir outputs/llamagen-b
 
-The output is a folder for `from_pretrained` of the class that its `README.md` names: a tokenizer, a generator, or with
-`--tokenizer` a pipeline of both. All arguments: `--help`.
+The output is a folder for `from_pretrained` of the class that its `README.md` names: a tokenizer, a generator model,
+or with `--tokenizer` a pipeline of both. All arguments: `--help`.
 """
 
 import json
@@ -40,7 +40,7 @@ The weights of {format_name}{entry} in `{checkpoint}`, converted by hf-ifsq to {
 ALIGNMENT = """
 ## Representation alignment
 
-The generator was trained with REPA. Its projectors are no part of the model; they are kept for further training:
+The model was trained with REPA. Its projectors are no part of the model; they are kept for further training:
 
 ```python
 from hf_ifsq.training.repa import RepresentationAlignment
@@ -63,16 +63,14 @@ class ConversionArguments:
     weights: str | None = argument(
         None, "`ema` or `raw`; by default `ema`, or the only weights in a LlamaGen file.", choices=["ema", "raw"]
     )
-    num_attention_heads: int | None = argument(
-        None, "Heads of an autoregressive generator, if its sizes are none of LlamaGen's."
-    )
+    num_attention_heads: int | None = argument(None, "Heads of an AR model, if its sizes are none of LlamaGen's.")
     grid_size: list[int] | None = argument(
         None,
-        "Rows and columns of the tokens of an autoregressive generator, or one number for both, if the file does "
-        "not tell.",
+        "Rows and columns of the tokens of an AR model, or one number for both, if the file does not tell.",
     )
     tokenizer: str | None = argument(
-        None, "Converted or trained tokenizer of a generator, a folder or a Hub name: makes the output a pipeline."
+        None,
+        "Converted or trained tokenizer of a generator model, a folder or a Hub name: makes the output a pipeline.",
     )
     push_to_hub: bool = argument(False, "Push the result to the Hub.")
     hub_model_id: str | None = argument(None, "Repository on the Hub; by default the name of `output_dir`.")

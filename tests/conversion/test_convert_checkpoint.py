@@ -553,7 +553,7 @@ def test_tokenizers_that_do_not_fit(script, tmp_path, tokenizer_folder):
     with pytest.raises(ValueError, match="has 4 `in_channels`, but the codes of `tokenizer` have 2"):
         assemble_pipeline(convert_checkpoint(DIT_FILE).model, tokenizer_folder((17, 17)))
     tokenizer = tokenizer_folder((17, 17))
-    with pytest.raises(ValueError, match="`tokenizer` must be left out for VQModel, which is no generator"):
+    with pytest.raises(ValueError, match="`tokenizer` must be left out for VQModel, which is not a generator model"):
         assemble_pipeline(convert_checkpoint(VQ_FILE).model, tokenizer)
     arguments = {"checkpoint": str(REPA_FILE), "num_attention_heads": 4, "tokenizer": tokenizer}
     with pytest.raises(ValueError, match="`output_dir` must be another folder than"):

@@ -34,7 +34,7 @@ class Conversion:
         format_name (`str`): what the official file holds.
         entry (`str`, *optional*): entry of the file that the weights are from; `None` if it is a bare set of weights.
         alignments (`list[RepresentationAlignment]`):
-            the projectors of a generator that was trained with representation alignment, one per teacher.
+            the projectors of a generator model that was trained with representation alignment, one per teacher.
     """
 
     model: ModelMixin | PreTrainedModel
@@ -62,9 +62,9 @@ def convert_checkpoint(
             `ema` for the moving average of the weights, `raw` for the weights as trained. By default the moving
             average, or the only weights of a format that may come without one.
         num_attention_heads (`int`, *optional*):
-            heads of an autoregressive generator; needed if its sizes are none of LlamaGen's.
+            heads of an AR model; needed if its sizes are none of LlamaGen's.
         grid_size (`int` or `tuple[int, int]`, *optional*):
-            rows and columns of the tokens of an autoregressive generator; needed if the file does not tell them, as
+            rows and columns of the tokens of an AR model; needed if the file does not tell them, as
             LlamaGen's do not.
 
     Returns:

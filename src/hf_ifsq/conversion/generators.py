@@ -1,4 +1,4 @@
-"""What the two official generators have in common: the config in their files, class names and REPA projectors."""
+"""What the two official generator models share: the config in their files, class names and REPA projectors."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from ..training.repa import RepresentationAlignment
 from .checkpoint import Weights, load_exactly
 
 
-# In names of weights; they are no part of a generator, see `convert_projectors`.
+# In names of weights; they are not part of a generator model, see `convert_projectors`.
 PROJECTORS = r"projectors\.\d+\..*"
 
 
@@ -30,13 +30,13 @@ def imagenet_classes() -> list[str]:
 
 
 def class_names(num_classes: int) -> dict[int, str] | None:
-    """The `id2label` of an official generator: 1000 classes are those of ImageNet, as in all that are published."""
+    """The `id2label` of an official model: 1000 classes are those of ImageNet, as in all that are published."""
     return dict(enumerate(imagenet_classes())) if num_classes == 1000 else None
 
 
 def count_classes(weights: Weights, table: str, config: dict[str, Any] | None) -> tuple[int, bool]:
     """
-    Number of classes of an official generator, and whether the table of their embeddings has a null class after them.
+    Number of classes of an official model, and whether the table of their embeddings has a null class after them.
 
     The number of rows alone does not tell, but the config in the file may. Without one there is a null class, as in
     all published files.
@@ -54,7 +54,7 @@ def count_classes(weights: Weights, table: str, config: dict[str, Any] | None) -
 
 
 def convert_projectors(weights: Weights) -> list[RepresentationAlignment]:
-    """The projectors of a generator that was trained with representation alignment: one per teacher."""
+    """The projectors of a generator model that was trained with representation alignment: one per teacher."""
     alignments = []
     for index in range(weights.count(r"projectors\.(\d+)\.")):
         prefix = f"projectors.{index}."

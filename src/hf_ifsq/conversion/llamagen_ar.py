@@ -1,4 +1,4 @@
-"""The generators of LlamaGen and the autoregressive ones of iFSQ into [`IFSQARForImageGeneration`]."""
+"""The AR models of LlamaGen and of iFSQ into [`IFSQARForImageGeneration`]."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -97,13 +97,13 @@ def _grid_size(given: int | Sequence[int] | None, config: dict[str, Any] | None)
     if grid_size not in (None, told):
         raise ValueError(
             f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
-            f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} a token, got {grid_size}."
+            f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} per token, got {grid_size}."
         )
     return told
 
 
 LLAMAGEN_AR = CheckpointFormat(
-    name="an autoregressive generator of LlamaGen or iFSQ",
+    name="an AR model of LlamaGen or iFSQ",
     telltales=("cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight"),
     model_class=IFSQARForImageGeneration,
     convert=convert_llamagen_ar,

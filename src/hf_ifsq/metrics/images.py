@@ -53,7 +53,7 @@ def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> tor
     fits into the image.
 
     Args:
-        images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1], 11 pixels a side or more.
+        images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1], at least 11 x 11 pixels.
         references (`torch.Tensor` of the same shape): their originals.
 
     Returns:
@@ -62,7 +62,7 @@ def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> tor
     check_image_pair(images, references)
     if min(images.shape[2:]) <= 2 * WINDOW_RADIUS:
         raise ValueError(
-            f"`images` must have at least {2 * WINDOW_RADIUS + 1} pixels a side, got shape {tuple(images.shape)}."
+            f"`images` must have at least {2 * WINDOW_RADIUS + 1} pixels per side, got shape {tuple(images.shape)}."
         )
     images, references = images.float(), references.float()
     # Means are taken in [0, 2], variances and the covariance in [-1, 1], where they lose less to cancellation.

@@ -48,7 +48,7 @@ class PatchDiscriminator(nn.Module):
         """  # noqa: D205
         if min(images.shape[-2:]) < self.smallest_side:
             raise ValueError(
-                f"The discriminator needs images of at least {self.smallest_side} pixels a side, got "
+                f"The discriminator needs images of at least {self.smallest_side} pixels per side, got "
                 f"{tuple(images.shape[-2:])}: give it fewer layers."
             )
         return self.layers(images)

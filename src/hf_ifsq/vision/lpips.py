@@ -72,7 +72,7 @@ class LPIPS(nn.Module):
         """
         Args:
             images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`):
-                in [-1, 1] or, as reconstructions in training, about so; at least 16 pixels a side.
+                in [-1, 1] or, as reconstructions in training, about so; at least 16 pixels per side.
             references (`torch.Tensor` of the same shape): what they are compared with.
 
         Returns:
@@ -81,7 +81,8 @@ class LPIPS(nn.Module):
         shape = tuple(images.shape)
         if len(shape) != 4 or shape[1] not in (1, 3) or min(shape[2:]) < 16:
             raise ValueError(
-                f"`images` must have shape (batch, 1 or 3, height, width) with at least 16 pixels a side, got {shape}."
+                "`images` must have shape (batch, 1 or 3, height, width) with at least 16 pixels per side, got "
+                f"{shape}."
             )
         if tuple(references.shape) != shape:
             raise ValueError(f"`references` must have the shape of `images`, {shape}, got {tuple(references.shape)}.")
