@@ -116,10 +116,11 @@ def generator_loss(
     inputs = inputs.float()
     (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, images, retain_graph=True)
     judged = images.detach().requires_grad_()
-    score = discriminator(judged).float().mean()
-    (gradient,) = torch.autograd.grad(-score, judged)
-    # Minus the score, with this gradient: the way back through the discriminator is gone once.
-    loss = -score.detach() + ((images - images.detach()) * gradient).sum()
+    scores = discriminator(judged).float()
+    # Of the sum, not of the mean, whose gradient in half precision would vanish.
+    gradient = torch.autograd.grad(-scores.sum(), judged)[0] / scores.numel()
+    # Minus the mean score, with this gradient: the way back through the discriminator is gone once.
+    loss = -scores.detach().mean() + ((images - images.detach()) * gradient).sum()
     size = (last_layer.out_channels, last_layer.in_channels // last_layer.groups, *last_layer.kernel_size)
     options = (last_layer.stride, last_layer.padding, last_layer.dilation, last_layer.groups)
 
