@@ -2,11 +2,11 @@
 Convert an official checkpoint of iFSQ or LlamaGen.
 
     python examples/convert_checkpoint.py --checkpoint vq_ds16_c2i.pt --output_dir outputs/llamagen-vq-16
-    python examples/convert_checkpoint.py --checkpoint c2i_B_256.pt --grid_size 16 16 \\
+    python examples/convert_checkpoint.py --checkpoint c2i_B_256.pt --grid_size 16 \\
         --tokenizer outputs/llamagen-vq-16 --output_dir outputs/llamagen-b
 
-The output is a folder for `from_pretrained` of the class that its `README.md` names: a tokenizer, a generator, or with
-`--tokenizer` a pipeline of both. All arguments: `--help`.
+The output is a folder for `from_pretrained` of the class that its `README.md` names: a tokenizer, a generator model,
+or with `--tokenizer` a pipeline of both. All arguments: `--help`.
 """
 
 import json
@@ -40,7 +40,7 @@ The weights of {format_name}{entry} in `{checkpoint}`, converted by hf-ifsq to {
 ALIGNMENT = """
 ## Representation alignment
 
-The generator was trained with REPA. Its projectors are no part of the model; they are kept for further training:
+The model was trained with REPA. Its projectors are no part of the model; they are kept for further training:
 
 ```python
 from hf_ifsq.training.repa import RepresentationAlignment
@@ -63,14 +63,14 @@ class ConversionArguments:
     weights: str | None = argument(
         None, "`ema` or `raw`; by default `ema`, or the only weights in a LlamaGen file.", choices=["ema", "raw"]
     )
-    num_attention_heads: int | None = argument(
-        None, "Heads of an autoregressive generator, if its sizes are none of LlamaGen's."
-    )
+    num_attention_heads: int | None = argument(None, "Heads of an AR model, if its sizes are none of LlamaGen's.")
     grid_size: list[int] | None = argument(
-        None, "Rows and columns of the tokens of an autoregressive generator, if the file does not tell."
+        None,
+        "Rows and columns of the tokens of an AR model, or one number for both, if the file does not tell.",
     )
     tokenizer: str | None = argument(
-        None, "Converted or trained tokenizer of a generator, a folder or a Hub name: makes the output a pipeline."
+        None,
+        "Converted or trained tokenizer of a generator model, a folder or a Hub name: makes the output a pipeline.",
     )
     push_to_hub: bool = argument(False, "Push the result to the Hub.")
     hub_model_id: str | None = argument(None, "Repository on the Hub; by default the name of `output_dir`.")
@@ -85,9 +85,10 @@ def main(args: ConversionArguments) -> None:
         sources.append(Path(args.tokenizer).resolve())
     if output_dir.resolve() in sources:
         raise ValueError(f"`output_dir` must be another folder than {output_dir}, where files would be lost.")
-    conversion = convert_checkpoint(
-        args.checkpoint, args.config, args.weights, args.num_attention_heads, args.grid_size
-    )
+    grid_size = args.grid_size
+    if grid_size is not None and len(grid_size) == 1:
+        grid_size = grid_size[0]
+    conversion = convert_checkpoint(args.checkpoint, args.config, args.weights, args.num_attention_heads, grid_size)
     result = conversion.model
     if args.tokenizer is not None:
         result = assemble_pipeline(conversion.model, args.tokenizer)

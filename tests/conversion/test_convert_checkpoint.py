@@ -238,7 +238,7 @@ def test_missing_configs(save, tmp_path):
         convert_checkpoint(file)
     with pytest.raises(FileNotFoundError, match="`config` must be a JSON file, but there is none at .*absent.json"):
         convert_checkpoint(file, tmp_path / "absent.json")
-    for text, message in (("[1]", "must be a JSON object, got list"), ("{", "is no JSON file")):
+    for text, message in (("[1]", "must be a JSON object, got list"), ("{", "is not a JSON file")):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=f"`config` .*run.json {message}"):
             convert_checkpoint(file)
@@ -520,7 +520,7 @@ def test_llamagen_with_its_tokenizer(script, save, tmp_path):
         content["model"][name] = torch.randn(128, 64)
     tokenizer, output_dir = tmp_path / "vq", tmp_path / "ar"
     script.main(script.ConversionArguments(checkpoint=str(VQ_FILE), output_dir=str(tokenizer)))
-    arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "grid_size": [4, 4]}
+    arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "grid_size": [4]}
     script.main(script.ConversionArguments(**arguments, tokenizer=str(tokenizer), output_dir=str(output_dir)))
     example = run_example((output_dir / "README.md").read_text())
     assert example["image"].size == (8, 8)
@@ -553,7 +553,7 @@ def test_tokenizers_that_do_not_fit(script, tmp_path, tokenizer_folder):
     with pytest.raises(ValueError, match="has 4 `in_channels`, but the codes of `tokenizer` have 2"):
         assemble_pipeline(convert_checkpoint(DIT_FILE).model, tokenizer_folder((17, 17)))
     tokenizer = tokenizer_folder((17, 17))
-    with pytest.raises(ValueError, match="`tokenizer` must be left out for VQModel, which is no generator"):
+    with pytest.raises(ValueError, match="`tokenizer` must be left out for VQModel, which is not a generator model"):
         assemble_pipeline(convert_checkpoint(VQ_FILE).model, tokenizer)
     arguments = {"checkpoint": str(REPA_FILE), "num_attention_heads": 4, "tokenizer": tokenizer}
     with pytest.raises(ValueError, match="`output_dir` must be another folder than"):

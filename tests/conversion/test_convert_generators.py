@@ -67,8 +67,11 @@ def golden_logits(expected, name):
     return [expected[part] for part in parts]
 
 
+def of_factors(model, logits):
+    return logits if isinstance(logits, tuple) else logits.split(model.config.vocab_sizes, -1)
+
+
 def assert_close_logits(logits, expected):
-    logits = logits if isinstance(logits, tuple) else (logits,)
     for ours, official in zip(logits, expected, strict=True):
         torch.testing.assert_close(ours, official, **close)
 
@@ -85,7 +88,7 @@ def test_ar_equals_the_official_one(tmp_path, kind):
         assert type(model) is IFSQARForImageGeneration and not model.training and model.dtype == torch.float32
         tokens = whole(model, expected["tokens"])
         output = model(expected["cond_ids"], tokens, labels=tokens, output_hidden_states=True)
-        assert_close_logits(output.logits, golden_logits(expected, "tf_logits"))
+        assert_close_logits(of_factors(model, output.logits), golden_logits(expected, "tf_logits"))
         torch.testing.assert_close(output.hidden_states[depth], expected["tf_hidden"], **close)
         losses = expected["tf_losses"] if kind == "factorized" else expected["tf_loss"]
         torch.testing.assert_close(torch.stack(output.factor_losses), losses, **close)
@@ -103,11 +106,10 @@ def test_raw_weights_of_ar(kind):
         conversion = convert(kind, weights=weights)
         assert conversion.entry == {"raw": "model", "ema": "ema"}[weights]
         tokens = whole(conversion.model, expected["tokens"])[:1]
-        logits = conversion.model(expected["cond_ids"][:1], tokens).logits
+        logits = of_factors(conversion.model, conversion.model(expected["cond_ids"][:1], tokens).logits)
         if weights == "raw":
             assert_close_logits(logits, raw)
         else:
-            logits = logits if isinstance(logits, tuple) else (logits,)
             assert all((ours - other).abs().max() > 0.07 for ours, other in zip(logits, raw, strict=True))
 
 
@@ -212,14 +214,17 @@ def test_heads_and_grid_that_the_file_does_not_tell():
     for grid_size in ((4,), (0, 4), (4, 4, 4)):
         with pytest.raises(ValueError, match="`grid_size` must be two positive integers"):
             convert("official", grid_size=grid_size)
-    assert convert("official", grid_size=(2, 8)).model.config.grid_size == [2, 8]
+    for grid_size, expected in (((2, 8), [2, 8]), (4, [4, 4])):
+        assert convert("official", grid_size=grid_size).model.config.grid_size == expected
 
 
 def test_grid_of_the_config_of_the_file():
     assert convert("repa").model.config.grid_size == [4, 4]
-    assert convert("repa", grid_size=[4, 4]).model.config.grid_size == [4, 4]
-    with pytest.raises(ValueError, match=r"`grid_size` must be \[4, 4\] or left out.* 64 x 64 .* got \[8, 8\]"):
-        convert("repa", grid_size=(8, 8))
+    for grid_size in ([4, 4], 4):
+        assert convert("repa", grid_size=grid_size).model.config.grid_size == [4, 4]
+    for grid_size in ((8, 8), 8):
+        with pytest.raises(ValueError, match=r"`grid_size` must be \[4, 4\] or left out.* 64 x 64 .* got \[8, 8\]"):
+            convert("repa", grid_size=grid_size)
 
 
 def test_arguments_of_other_formats():

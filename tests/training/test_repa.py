@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from hf_ifsq.training.repa import RepresentationAlignment
@@ -193,3 +194,10 @@ def test_cosine_in_float32():
 def test_different_numbers_of_tokens(shape):
     with pytest.raises(ValueError, match=rf"`teacher_features`.*\(2, 6\).*{re.escape(str(shape[:2]))}"):
         RepresentationAlignment(8, 12, 16)(torch.randn(2, 6, 8), torch.randn(shape))
+
+
+def test_no_value_is_read():
+    with FakeTensorMode():
+        loss = RepresentationAlignment(8, 12, 16)(torch.randn(2, 6, 8), torch.randn(2, 6, 12))
+        loss.backward()
+        assert loss.shape == ()

@@ -189,3 +189,9 @@ def test_a_hub_without_a_network(monkeypatch, tmp_path):
 def test_what_is_no_pair_of_images(lpips, images, references, message):
     with pytest.raises(ValueError, match=message):
         lpips(images, references)
+
+
+def test_compiled_in_one_graph(lpips):
+    images, references = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    compiled = torch.compile(lpips, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, references), lpips(images, references))

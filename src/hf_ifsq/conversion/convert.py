@@ -2,12 +2,12 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from transformers import PreTrainedModel
 
 from ..training.repa import RepresentationAlignment
@@ -34,7 +34,7 @@ class Conversion:
         format_name (`str`): what the official file holds.
         entry (`str`, *optional*): entry of the file that the weights are from; `None` if it is a bare set of weights.
         alignments (`list[RepresentationAlignment]`):
-            the projectors of a generator that was trained with representation alignment, one a teacher.
+            the projectors of a generator model that was trained with representation alignment, one per teacher.
     """
 
     model: ModelMixin | PreTrainedModel
@@ -48,7 +48,7 @@ def convert_checkpoint(
     config: str | Path | None = None,
     weights: Literal["ema", "raw"] | None = None,
     num_attention_heads: int | None = None,
-    grid_size: Sequence[int] | None = None,
+    grid_size: int | Sequence[int] | None = None,
 ) -> Conversion:
     """
     Convert an official checkpoint. Its format is told by the names of its weights, which must fit one to one.
@@ -62,19 +62,13 @@ def convert_checkpoint(
             `ema` for the moving average of the weights, `raw` for the weights as trained. By default the moving
             average, or the only weights of a format that may come without one.
         num_attention_heads (`int`, *optional*):
-            heads of an autoregressive generator; needed if its sizes are none of LlamaGen's.
-        grid_size (`tuple[int, int]`, *optional*):
-            rows and columns of the tokens of an autoregressive generator; needed if the file does not tell them, as
+            heads of an AR model; needed if its sizes are none of LlamaGen's.
+        grid_size (`int` or `tuple[int, int]`, *optional*):
+            rows and columns of the tokens of an AR model; needed if the file does not tell them, as
             LlamaGen's do not.
 
     Returns:
         [`Conversion`].
-
-    Raises:
-        FileNotFoundError: if `checkpoint` or `config` is no file.
-        ValueError: if `checkpoint` is of no known format or lacks the asked weights, if a weight is missing,
-            unexpected, misshapen or not finite, if `config` is missing or describes another architecture, or if an
-            argument is missing, left over or contradicts the file.
 
     Example:
 
@@ -96,41 +90,42 @@ def convert_checkpoint(
     values = _read_config(path, None if config is None else Path(config), entries, source)
     logger.info(f"Converting {path}, {source.name}, weights {'alone' if entry is None else f'under `{entry}`'}.")
     model = source.convert(selected, values, **{name: options[name] for name in source.options})
-    return Conversion(
-        model=model.eval(), format_name=source.name, entry=entry, alignments=convert_projectors(selected)
-    )
+    return Conversion(model.eval(), source.name, entry, convert_projectors(selected))
 
 
 def _read_config(
-    checkpoint: Path, config: Path | None, entries: Mapping[str, Any], source: CheckpointFormat
+    checkpoint: Path, config: Path | None, entries: dict[str, Any], source: CheckpointFormat
 ) -> dict[str, Any] | None:
     if not source.config_files:
         if config is not None:
             raise ValueError(f"`config` must be left out for {source.name}, which has no such file, got {config}.")
-        values = entries.get(source.config_entry)
-        if not isinstance(values, dict | None):
+        entry = None if source.config_entry is None else entries.get(source.config_entry)
+        if not isinstance(entry, dict | None):
             raise ValueError(
                 f"`checkpoint` {checkpoint} must have a dictionary under `{source.config_entry}`, got "
-                f"{type(values).__name__}."
+                f"{type(entry).__name__}."
             )
-        return values
-    beside = [checkpoint.parent / name for name in source.config_files]
+        return entry
+    beside = [checkpoint.with_name(name) for name in source.config_files]
     paths = [path for path in beside if path.is_file()] if config is None else [config]
     if not paths:
         raise ValueError(
             f"`config` must be the JSON file that {source.name} was trained with: neither "
             f"{' nor '.join(map(str, beside))} is there."
         )
-    values = []
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"`config` must be a JSON file, but there is none at {path}.")
-        try:
-            values.append(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"`config` {path} is no JSON file.") from error
-        if not isinstance(values[-1], dict):
-            raise ValueError(f"`config` {path} must be a JSON object, got {type(values[-1]).__name__}.")
+    values = [_read_json(path) for path in paths]
     if any(value != values[0] for value in values):
         raise ValueError(f"`config` must be given, since {' and '.join(map(str, paths))} differ.")
     return values[0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"`config` must be a JSON file, but there is none at {path}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`config` {path} is not a JSON file.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`config` {path} must be a JSON object, got {type(value).__name__}.")
+    return value

@@ -9,12 +9,12 @@ from accelerate import init_empty_weights
 
 from ..models.rotary import rotary_table_2d
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
-from .checkpoint import CheckpointFormat, Weights, count_indices, load_exactly, rename, size_of
+from .checkpoint import CheckpointFormat, Rules, Weights, load_exactly
 from .generators import PROJECTORS, class_names, config_value, count_classes
 
 
 # From our names to official ones.
-RENAMES = (
+RULES: Rules = (
     (r"patch_embed", "x_embedder.proj"),
     (r"time_embed\.linear_1", "t_embedder.mlp.0"),
     (r"time_embed\.linear_2", "t_embedder.mlp.2"),
@@ -27,8 +27,8 @@ RENAMES = (
     (r"norm_([qk])\.", r"\1_norm."),
     (r"to_out", "proj"),
 )
-SWIGLU = ((r"ff\.proj_in", "mlp.w12"), (r"ff\.proj_out", "mlp.w3"))
-GELU = ((r"ff\.proj_in", "mlp.fc1"), (r"ff\.proj_out", "mlp.fc2"))
+SWIGLU: Rules = ((r"ff\.proj_in", "mlp.w12"), (r"ff\.proj_out", "mlp.w3"))
+GELU: Rules = ((r"ff\.proj_in", "mlp.fc1"), (r"ff\.proj_out", "mlp.fc2"))
 
 # Tables that our model computes, see `_check_positions`.
 POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
@@ -43,20 +43,7 @@ ONLY = {
 
 
 def convert_ifsq_dit(weights: Weights, config: dict[str, Any] | None = None) -> IFSQDiTTransformer2DModel:
-    """
-    Convert the weights of iFSQ's `DiT`, from which sizes and options are read.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): weights by official name; those of REPA projectors are left out.
-        config (`dict[str, Any]`, *optional*): the config in the file.
-
-    Returns:
-        [`IFSQDiTTransformer2DModel`], whose `scaling_factor` is the `latent_multiplier` of `config`. With 1000 classes
-        they are named as those of ImageNet.
-
-    Raises:
-        ValueError: if the weights do not fit, or if `config` describes another kind of model.
-    """
+    """Convert iFSQ's `DiT`: sizes and options are read from its weights, its `scaling_factor` from the config."""
     for (section, name), value in ONLY.items():
         told = config_value(config, section, name)
         if told not in (None, value):
@@ -64,39 +51,37 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any] | None = None) -> 
                 f"`checkpoint` must have been trained with `{section}.{name}` {value!r} for "
                 f"IFSQDiTTransformer2DModel, but its config has {told!r}."
             )
-
-    def size(name: str, axis: int) -> int:
-        return size_of(weights, name, axis, IFSQDiTTransformer2DModel)
-
-    table, stem = "y_embedder.embedding_table.weight", "x_embedder.proj.weight"
-    num_classes, _ = count_classes(weights, table, config, IFSQDiTTransformer2DModel)
-    hidden_size, patch_size = size(stem, 0), size(stem, 3)
+    stem = "x_embedder.proj.weight"
+    num_classes, _ = count_classes(weights, "y_embedder.embedding_table.weight", config)
+    hidden_size, patch_size = weights.size(stem, 0), weights.size(stem, 3)
     if "feat_rope.freqs_cos" not in weights:
         raise ValueError(
             "`checkpoint` must have rotary positions, which IFSQDiTTransformer2DModel always has, but there is no "
             "`feat_rope.freqs_cos`: it was trained without, or is another diffusion transformer."
         )
     # Rotary positions are those of one head.
-    head_dim = size("feat_rope.freqs_cos", 1)
+    head_dim = weights.size("feat_rope.freqs_cos", 1)
+    patches = math.isqrt(weights.size("pos_embed", 1))
+    swiglu = "blocks.0.mlp.w12.weight" in weights
     model_config = {
-        "sample_size": math.isqrt(size("pos_embed", 1)) * patch_size,
+        "sample_size": patches * patch_size,
         "patch_size": patch_size,
-        "in_channels": size(stem, 1),
-        "num_layers": count_indices(weights, r"blocks\.(\d+)\."),
+        "in_channels": weights.size(stem, 1),
+        "num_layers": weights.count(r"blocks\.(\d+)\."),
         "num_attention_heads": hidden_size // head_dim,
         "attention_head_dim": head_dim,
         "num_classes": num_classes,
         "norm_type": "rms_norm" if "blocks.0.norm1.weight" in weights else "layer_norm",
         "qk_norm": _qk_norm(weights),
-        "activation_fn": "swiglu" if "blocks.0.mlp.w12.weight" in weights else "gelu-approximate",
+        "activation_fn": "swiglu" if swiglu else "gelu-approximate",
         "id2label": class_names(num_classes),
         "scaling_factor": config_value(config, "data", "latent_multiplier"),
     }
     with init_empty_weights():
         model = IFSQDiTTransformer2DModel(**model_config)
-    rules = (*RENAMES, *(SWIGLU if model.config.activation_fn == "swiglu" else GELU))
-    load_exactly(model, weights, lambda name: [rename(name, rules)], [PROJECTORS, *map(re.escape, POSITIONS)])
-    _check_positions(model, weights)
+    rules = (*RULES, *(SWIGLU if swiglu else GELU))
+    load_exactly(model, weights, rules, [PROJECTORS, *map(re.escape, POSITIONS)])
+    _check_positions(model, weights, patches, head_dim)
     return model
 
 
@@ -106,10 +91,9 @@ def _qk_norm(weights: Weights) -> str | None:
     return "layer_norm" if "blocks.0.attn.q_norm.bias" in weights else "rms_norm"
 
 
-def _check_positions(model: IFSQDiTTransformer2DModel, weights: Weights) -> None:
+def _check_positions(model: IFSQDiTTransformer2DModel, weights: Weights, patches: int, head_dim: int) -> None:
     """Fixed tables are not trained, but another size or base would show in them."""
-    patches = model.config.sample_size // model.config.patch_size
-    cos, sin = rotary_table_2d((patches, patches), model.config.attention_head_dim)
+    cos, sin = rotary_table_2d((patches, patches), head_dim)
     fixed = model._fixed_positions((patches, patches), torch.device("cpu"))
     for name, table in zip(POSITIONS, (fixed[None], cos, sin), strict=True):
         # Wide enough for tables in bfloat16.
@@ -123,6 +107,7 @@ def _check_positions(model: IFSQDiTTransformer2DModel, weights: Weights) -> None
 IFSQ_DIT = CheckpointFormat(
     name="a diffusion transformer of iFSQ",
     telltales=("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight"),
+    model_class=IFSQDiTTransformer2DModel,
     convert=convert_ifsq_dit,
     dropped_entries=("opt",),
     config_entry="config",

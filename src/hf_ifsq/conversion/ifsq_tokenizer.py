@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
-from .autoencoder_blocks import BLOCK_RENAMES, convert_autoencoder
-from .checkpoint import CheckpointFormat, Weights, rename
+from .autoencoder_blocks import convert_autoencoder
+from .checkpoint import CheckpointFormat, Rules, Weights
 
 
 ALPHAS = {"scale_sigmoid_16": 1.6, "scale_sigmoid_20": 2.0}
@@ -22,47 +22,37 @@ FUNCTIONS = ("act_fun", "do_simple_bound", "norm_type")
 IGNORED = ("_diffusers_version", "dropout", "factorized_bits")
 
 
-def convert_ifsq_tokenizer(weights: Weights, config: dict[str, Any] | None) -> AutoencoderIFSQ:
-    """
-    Convert the weights of an `ImageFSQVAEModel`.
-
-    Args:
-        weights (`dict[str, torch.Tensor]`): weights by official name.
-        config (`dict[str, Any]`): the arguments of the model.
-
-    Returns:
-        [`AutoencoderIFSQ`] for images of 256 x 256 pixels.
-
-    Raises:
-        ValueError: if `config` is incomplete or beyond [`AutoencoderIFSQ`], or if the weights do not fit it.
-    """
-    config = config or {}
+def convert_ifsq_tokenizer(weights: Weights, config: dict[str, Any]) -> AutoencoderIFSQ:
+    """Convert an `ImageFSQVAEModel` of the given arguments for images of 256 x 256 pixels."""
     _check_config(config)
-    levels = config["levels"]
+    levels, factors = config["levels"], config["hidden_size_mult"]
     if "quantize._levels" in weights and weights["quantize._levels"].round().tolist() != levels:
         raise ValueError(
             f"`config` entry `levels` is {levels}, but the checkpoint was trained with "
             f"{weights['quantize._levels'].round().int().tolist()}."
         )
-    widths = [config["hidden_size"] * factor for factor in config["hidden_size_mult"]]
     model_config = {
-        "block_out_channels": widths,
+        "block_out_channels": [config["hidden_size"] * factor for factor in factors],
         "layers_per_block": config["num_res_blocks"],
         "z_channels": config["z_channels"],
         "levels": levels,
         "alpha": ALPHAS[config["act_fun"]],
     }
-    rules = (
-        *BLOCK_RENAMES,
+    # From our names to official ones.
+    rules: Rules = (
         (r"mid_block\.resnets", "mid_block"),
         (r"resnets", "block"),
         (r"down_blocks", "down"),
         # Official upsampling blocks are counted from the highest resolution, those of diffusers from the lowest.
-        (r"up_blocks\.(\d+)", lambda match: f"up.{len(widths) - 1 - int(match[1])}"),
+        (r"up_blocks\.(\d+)", lambda match: f"up.{len(factors) - 1 - int(match[1])}"),
     )
-    if config["num_res_blocks"] == 1:
-        weights = _with_second_mid_block(weights, widths[-1])
-    return convert_autoencoder(AutoencoderIFSQ, model_config, weights, lambda name: rename(name, rules), DROPPED)
+    # The official middle has as many residual blocks as a resolution, that of diffusers always two. Where there is
+    # one, a second one adds zero to its input, and can still be trained.
+    if not any(".mid_block.1." in name for name in weights):
+        for name in [name for name in weights if ".mid_block.0." in name]:
+            weight = weights[name]
+            weights[name.replace("block.0", "block.1")] = torch.zeros_like(weight) if "conv2" in name else weight
+    return convert_autoencoder(AutoencoderIFSQ, model_config, weights, rules, DROPPED)
 
 
 def _check_config(config: dict[str, Any]) -> None:
@@ -106,26 +96,10 @@ def _check_config(config: dict[str, Any]) -> None:
             )
 
 
-def _with_second_mid_block(weights: Weights, width: int) -> Weights:
-    """
-    The official middle has as many residual blocks as a resolution, that of diffusers always two. Where there is one,
-    the second adds zero to its input, and can still be trained.
-    """  # noqa: D205
-    second = {}
-    for half in ("encoder", "decoder"):
-        for layer in ("1", "2"):
-            name = f"{half}.mid_block.1"
-            kernel = torch.zeros(width, width, 3, 3)
-            second[f"{name}.norm{layer}.weight"] = torch.ones(width)
-            second[f"{name}.norm{layer}.bias"] = torch.zeros(width)
-            second[f"{name}.conv{layer}.weight"] = torch.nn.init.dirac_(kernel) if layer == "1" else kernel
-            second[f"{name}.conv{layer}.bias"] = torch.zeros(width)
-    return weights if second.keys() & weights.keys() else {**second, **weights}
-
-
 IFSQ_TOKENIZER = CheckpointFormat(
     name="an iFSQ tokenizer",
     telltales=("encoder.down.0.block.0.conv1.weight", "quantize.running_mean"),
+    model_class=AutoencoderIFSQ,
     convert=convert_ifsq_tokenizer,
     raw_entry="state_dict.gen_model",
     ema_entry="ema_state_dict",

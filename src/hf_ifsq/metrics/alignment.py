@@ -19,7 +19,7 @@ def cknna(features: torch.Tensor, other_features: torch.Tensor, k: int = CKNNA_N
     2012). It is computed in float64 on the CPU.
 
     Args:
-        features (`torch.Tensor` of shape `(images, width)`): one representation, a row an image.
+        features (`torch.Tensor` of shape `(images, width)`): one representation, one row per image.
         other_features (`torch.Tensor` of shape `(images, other_width)`): the other, of the same images in their order.
         k (`int`, *optional*, defaults to 10): number of nearest neighbours; with images - 1 of them, the measure is
             the unbiased centred kernel alignment.
@@ -29,10 +29,6 @@ def cknna(features: torch.Tensor, other_features: torch.Tensor, k: int = CKNNA_N
         are scaled. As being a nearest neighbour is one-sided, so is this measure, a little: in published values the
         model that is measured comes first, and a vision model second. NaN where it is not defined, as `H` of a
         representation with itself is not positive.
-
-    Raises:
-        ValueError: if the shapes do not fit, if `k` is not in [1, images), if there are fewer than 4 images, or if a
-            feature is not finite.
 
     Example:
 

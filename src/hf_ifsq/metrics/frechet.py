@@ -24,10 +24,10 @@ class FeatureMoments:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
-        self.mean: np.ndarray | None = None
-        self._centred_sum: np.ndarray | None = None
+        self.mean = np.zeros(0)
+        self._centred_sum = np.zeros((0, 0))
 
     @property
     def covariance(self) -> np.ndarray:
@@ -41,10 +41,7 @@ class FeatureMoments:
         Take in a batch.
 
         Args:
-            features (`torch.Tensor` or `np.ndarray` of shape `(batch, width)`): finite numbers, a row an image.
-
-        Raises:
-            ValueError: if it has another shape, another width than before, or a value that is not finite.
+            features (`torch.Tensor` or `np.ndarray` of shape `(batch, width)`): finite numbers, one row per image.
         """
         values = np.asarray(features.detach().cpu().double() if isinstance(features, torch.Tensor) else features)
         if values.ndim != 2 or not len(values):
@@ -59,15 +56,7 @@ class FeatureMoments:
         self.merge(batch)
 
     def merge(self, other: "FeatureMoments") -> None:
-        """
-        Take in another part of the data, such as that of another process.
-
-        Args:
-            other ([`FeatureMoments`]): moments of features of the same width.
-
-        Raises:
-            ValueError: if its features have another width.
-        """
+        """Take in another part of the data, of features of the same width, such as that of another process."""
         if not other.count:
             return
         if not self.count:
@@ -100,9 +89,6 @@ def frechet_distance(moments: FeatureMoments, reference_moments: FeatureMoments)
     Returns:
         `float`: at least 0, in the squared unit of the features; comparable only with the same extractor, the same
         resizing and the same numbers of samples.
-
-    Raises:
-        ValueError: if one has fewer than 2 samples, or if they have features of different widths.
     """
     covariance, reference_covariance = moments.covariance, reference_moments.covariance
     if covariance.shape != reference_covariance.shape:

@@ -1,5 +1,6 @@
 """Distances of each image of a batch to its original: PSNR and SSIM."""
 
+import functools
 import math
 
 import torch
@@ -11,16 +12,7 @@ WINDOW_SIGMA = 1.5
 
 
 def check_image_pair(images: torch.Tensor, references: torch.Tensor) -> None:
-    """
-    Check that two batches are images that can be compared.
-
-    Args:
-        images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1].
-        references (`torch.Tensor` of the same shape): likewise.
-
-    Raises:
-        ValueError: if they are of another shape, dtype or range than said, or if a value is not finite.
-    """
+    """Check that two batches can be compared: floats in [-1, 1] of one shape `(batch, 1 or 3, height, width)`."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise ValueError(f"`images` must have shape (batch, 1 or 3, height, width), got {tuple(images.shape)}.")
     if references.shape != images.shape:
@@ -49,9 +41,6 @@ def peak_signal_noise_ratio(images: torch.Tensor, references: torch.Tensor) -> t
 
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32: decibels, the higher the more alike; infinite for equal images.
-
-    Raises:
-        ValueError: if the two are of another shape, dtype or range than said, or if a value is not finite.
     """
     check_image_pair(images, references)
     return 10 * torch.log10(4 / (images.float() - references.float()).square().mean(dim=(1, 2, 3)))
@@ -64,19 +53,16 @@ def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> tor
     fits into the image.
 
     Args:
-        images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1], 11 pixels a side or more.
+        images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1], at least 11 x 11 pixels.
         references (`torch.Tensor` of the same shape): their originals.
 
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32: at most 1, which is for equal images.
-
-    Raises:
-        ValueError: if the two are of another shape, dtype or range than said, or if a value is not finite.
     """
     check_image_pair(images, references)
     if min(images.shape[2:]) <= 2 * WINDOW_RADIUS:
         raise ValueError(
-            f"`images` must have at least {2 * WINDOW_RADIUS + 1} pixels a side, got shape {tuple(images.shape)}."
+            f"`images` must have at least {2 * WINDOW_RADIUS + 1} pixels per side, got shape {tuple(images.shape)}."
         )
     images, references = images.float(), references.float()
     # Means are taken in [0, 2], variances and the covariance in [-1, 1], where they lose less to cancellation.
@@ -97,5 +83,5 @@ def _windowed_mean(values: torch.Tensor) -> torch.Tensor:
     for dim in (-1, -2):
         length = values.shape[dim] - 2 * WINDOW_RADIUS
         shifted = (weight * values.narrow(dim, start, length) for start, weight in enumerate(weights))
-        values = sum(shifted) / sum(weights)
+        values = functools.reduce(torch.add, shifted) / sum(weights)
     return values

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 
 class PatchDiscriminator(nn.Module):
@@ -44,13 +45,10 @@ class PatchDiscriminator(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(batch, 1, rows, columns)`: a score for each patch, higher for real ones.
-
-        Raises:
-            ValueError: if the images are smaller than a patch.
         """  # noqa: D205
         if min(images.shape[-2:]) < self.smallest_side:
             raise ValueError(
-                f"The discriminator needs images of at least {self.smallest_side} pixels a side, got "
+                f"The discriminator needs images of at least {self.smallest_side} pixels per side, got "
                 f"{tuple(images.shape[-2:])}: give it fewer layers."
             )
         return self.layers(images)
@@ -70,51 +68,64 @@ def hinge_loss(real_scores: torch.Tensor, fake_scores: torch.Tensor) -> torch.Te
     return (F.relu(1 - real_scores.float()).mean() + F.relu(1 + fake_scores.float()).mean()) / 2
 
 
+def remember_input(last_layer: nn.Conv2d) -> None:
+    """
+    Let the last layer of a decoder keep its latest input, which [`generator_loss`] needs. Call it once, before the
+    model first runs.
+
+    Args:
+        last_layer (`torch.nn.Conv2d`): the convolution that makes the images.
+    """
+    last_layer.register_forward_pre_hook(_remember_input)
+
+
+def _remember_input(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+    if torch.is_grad_enabled():
+        layer.latest_input = inputs[0].detach()
+
+
 def generator_loss(
     discriminator: nn.Module,
     images: torch.Tensor,
     reconstruction_loss: torch.Tensor,
-    last_layer: torch.Tensor,
+    last_layer: nn.Conv2d,
     reduce: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Loss of the tokenizer: minus the mean score of its reconstructions. The discriminator gets no gradient.
 
+    Its weight makes the gradient of this loss as large as that of the reconstruction loss, both with respect to the
+    last layer of the decoder (VQGAN, equation 7). The tokenizer may be compiled: its backward pass, which then runs
+    as a whole and once alone, is not used for the weight. Both losses are followed back to the images, and from these
+    to the layer's weight by the input that it remembers.
+
     Args:
         discriminator (`torch.nn.Module`): a discriminator that is not wrapped for several processes.
         images (`torch.Tensor` of shape `(batch, channels, height, width)`): reconstructions.
-        reconstruction_loss, last_layer, reduce: as for [`adaptive_weight`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the loss and its adaptive weight, two scalars.
-    """
-    discriminator.requires_grad_(False)
-    loss = -discriminator(images).float().mean()
-    discriminator.requires_grad_(True)
-    return loss, adaptive_weight(reconstruction_loss, loss, last_layer, reduce)
-
-
-def adaptive_weight(
-    reconstruction_loss: torch.Tensor,
-    adversarial_loss: torch.Tensor,
-    last_layer: torch.Tensor,
-    reduce: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """
-    Weight that makes the gradient of the adversarial loss as large as that of the reconstruction loss, both with
-    respect to the last layer of the decoder (VQGAN, equation 7).
-
-    Args:
-        reconstruction_loss (`torch.Tensor`): a scalar.
-        adversarial_loss (`torch.Tensor`): a scalar.
-        last_layer (`torch.Tensor`): the weight of the last layer.
+        reconstruction_loss (`torch.Tensor`): a scalar, a function of `images`.
+        last_layer (`torch.nn.Conv2d`): the convolution that made `images`, after [`remember_input`].
         reduce (`Callable`): mean of a tensor over the processes, so that all of them get the same weight.
 
     Returns:
-        `torch.Tensor`: a scalar in [0, 10000], without gradient.
+        `tuple[torch.Tensor, torch.Tensor]`: the loss and its weight, two scalars; the weight is in [0, 10000] and
+        without gradient.
     """
-    norms = [
-        reduce(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
-        for loss in (reconstruction_loss, adversarial_loss)
-    ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+    inputs = last_layer.__dict__.pop("latest_input", None)
+    if inputs is None:
+        raise ValueError("`last_layer` must have kept its input: call `remember_input` before the model runs.")
+    inputs = inputs.float()
+    (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, images, retain_graph=True)
+    judged = images.detach().requires_grad_()
+    scores = discriminator(judged).float()
+    # Of the sum, not of the mean, whose gradient in half precision would vanish.
+    gradient = torch.autograd.grad(-scores.sum(), judged)[0] / scores.numel()
+    # Minus the mean score, with this gradient: the way back through the discriminator is gone once.
+    loss = -scores.detach().mean() + ((images - images.detach()) * gradient).sum()
+    size = (last_layer.out_channels, last_layer.in_channels // last_layer.groups, *last_layer.kernel_size)
+    options = (last_layer.stride, last_layer.padding, last_layer.dilation, last_layer.groups)
+
+    def norm(images_gradient: torch.Tensor) -> torch.Tensor:
+        return reduce(conv2d_weight(inputs, size, images_gradient.float(), *options)).norm()
+
+    weight = norm(reconstruction_gradient) / (norm(gradient) + 1e-4)
+    return loss, weight.clamp(max=1e4)

@@ -7,11 +7,11 @@ from torch.nn import functional as F
 
 class RepresentationAlignment(nn.Module):
     """
-    Projector from a generator's hidden states to a teacher's features, and the loss between the two. It belongs to
-    training alone: no weight of it is part of a generator.
+    Projector from a generator model's hidden states to a teacher's features, and the loss between the two. It belongs
+    to training alone: no weight of it is part of that model.
 
     Args:
-        hidden_size (`int`): width of the generator.
+        hidden_size (`int`): width of the generator model.
         teacher_hidden_size (`int`): width of the teacher.
         projector_dim (`int`, *optional*, defaults to 2048): width of the projector.
     """
@@ -35,9 +35,6 @@ class RepresentationAlignment(nn.Module):
 
         Returns:
             `torch.Tensor`: minus the mean cosine similarity, a scalar in [-1, 1].
-
-        Raises:
-            ValueError: if the two have not the same number of tokens.
         """  # noqa: D205
         if hidden_states.shape[:2] != teacher_features.shape[:2]:
             raise ValueError(

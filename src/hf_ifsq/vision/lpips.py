@@ -1,6 +1,5 @@
 """Learned perceptual distance between images (LPIPS, https://arxiv.org/abs/1801.03924), on the features of VGG16."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,10 +30,6 @@ class LPIPS(nn.Module):
             Hub or a folder with a `model.safetensors`, or the file itself.
         revision (`str`, *optional*): branch, tag or commit of the repository.
 
-    Raises:
-        OSError: if there is no such file, or if it cannot be downloaded.
-        ValueError: if weights of VGG16's features are missing, of another shape, or not finite.
-
     Example:
 
     ```python
@@ -44,6 +39,9 @@ class LPIPS(nn.Module):
     loss = lpips(reconstructions, pixel_values).mean()
     ```
     """
+
+    shift: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, vgg: str = "timm/vgg16.tv_in1k", revision: str | None = None):
         super().__init__()
@@ -74,19 +72,17 @@ class LPIPS(nn.Module):
         """
         Args:
             images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`):
-                in [-1, 1] or, as reconstructions in training, about so; at least 16 pixels a side.
+                in [-1, 1] or, as reconstructions in training, about so; at least 16 pixels per side.
             references (`torch.Tensor` of the same shape): what they are compared with.
 
         Returns:
             `torch.Tensor` of shape `(batch,)`, float32: distances of at least 0, the smaller the more alike.
-
-        Raises:
-            ValueError: if the shapes are others than said, or if the images are no floating-point numbers.
         """  # noqa: D205
         shape = tuple(images.shape)
         if len(shape) != 4 or shape[1] not in (1, 3) or min(shape[2:]) < 16:
             raise ValueError(
-                f"`images` must have shape (batch, 1 or 3, height, width) with at least 16 pixels a side, got {shape}."
+                "`images` must have shape (batch, 1 or 3, height, width) with at least 16 pixels per side, got "
+                f"{shape}."
             )
         if tuple(references.shape) != shape:
             raise ValueError(f"`references` must have the shape of `images`, {shape}, got {tuple(references.shape)}.")
@@ -94,18 +90,18 @@ class LPIPS(nn.Module):
             if not values.is_floating_point():
                 raise ValueError(f"`{name}` must be floats in [-1, 1], got a tensor of dtype {values.dtype}.")
         with torch.autocast(device_type=images.device.type, enabled=False):
+            pair = [
+                (values.float().expand(-1, 3, -1, -1) - self.shift) / self.scale for values in (images, references)
+            ]
             distances = torch.zeros(len(images), device=images.device)
-            pairs = zip(self._unit_features(images), self._unit_features(references), strict=True)
-            for head, (features, reference_features) in zip(self.heads, pairs, strict=True):
-                distances = distances + head((features - reference_features).square()).mean(dim=(1, 2, 3))
+            for number, layer in enumerate(self.features):
+                pair = [layer(hidden) for hidden in pair]
+                if number in self._stage_ends:
+                    lengths = [torch.linalg.vector_norm(hidden, dim=1, keepdim=True) + 1e-10 for hidden in pair]
+                    difference = pair[0] / lengths[0] - pair[1] / lengths[1]
+                    head = self.heads[self._stage_ends.index(number)]
+                    distances = distances + head(difference.square()).mean(dim=(1, 2, 3))
         return distances
-
-    def _unit_features(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
-        hidden = (images.float().expand(-1, 3, -1, -1) - self.shift) / self.scale
-        for number, layer in enumerate(self.features):
-            hidden = layer(hidden)
-            if number in self._stage_ends:
-                yield hidden / (torch.linalg.vector_norm(hidden, dim=1, keepdim=True) + 1e-10)
 
     def _load_features(self, vgg: str, revision: str | None) -> None:
         try:

@@ -2,11 +2,14 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
+
+from ..models.grid import as_grid
 
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -15,12 +18,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class VisionModel(nn.Module):
     """
-    A frozen vision model, and images made ready for it.
+    Any vision model that [`~transformers.AutoModel`] loads, frozen and in evaluation mode, that looks at images in
+    [-1, 1]: a vision transformer or a convolutional network; of a model of images and text, the vision part. What it
+    is asked for is said by its subclasses: a feature per place ([`Teacher`]) or per image ([`FeatureExtractor`]).
 
     Args:
-        name_or_path (`str`):
-            a vision model that [`~transformers.AutoModel`] loads, from the Hub or a folder: a vision transformer or a
-            convolutional network. Of a model of images and text the vision part is taken.
+        name_or_path (`str`): a folder or a name on the Hub.
 
     Attributes:
         hidden_size (`int`): width of its features.
@@ -28,6 +31,9 @@ class VisionModel(nn.Module):
         has_class_token (`bool`): whether its first feature stands for the whole image.
         usual_size (`int`): side in pixels of the images that its config names, or else 224.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, name_or_path: str):
         super().__init__()
@@ -82,17 +88,17 @@ class VisionModel(nn.Module):
 
 class Teacher(VisionModel):
     """
-    A frozen vision model whose patch features are the target of the alignment.
+    The features of a frozen vision model at each cell of a token grid: the target of representation alignment.
 
     Args:
         name_or_path (`str`): as in [`VisionModel`].
-        grid_size (`tuple[int, int]`): rows and columns of the token grid, which the patch grid is made equal to.
+        grid_size (`int` or `tuple[int, int]`): rows and columns of the token grid, to which the patch grid is fitted.
     """
 
-    def __init__(self, name_or_path: str, grid_size: tuple[int, int]):
+    def __init__(self, name_or_path: str, grid_size: int | Sequence[int]):
         super().__init__(name_or_path)
-        self.grid_size = tuple(grid_size)
-        self.image_size = tuple(self.stride * cells for cells in grid_size)
+        self.grid_size = rows, columns = as_grid(grid_size)
+        self.image_size = (self.stride * rows, self.stride * columns)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -102,9 +108,6 @@ class Teacher(VisionModel):
         Returns:
             `torch.Tensor` of shape `(batch, rows * columns, hidden_size)`, float32: the features of the patches in
             raster order, without class and register tokens.
-
-        Raises:
-            ValueError: if the model gives fewer features than the grid has cells.
         """  # noqa: D205
         features = self.extract(pixel_values, self.image_size)
         num_patches = self.grid_size[0] * self.grid_size[1]
@@ -118,20 +121,14 @@ class Teacher(VisionModel):
 
 class FeatureExtractor(VisionModel):
     """
-    One feature vector for an image, from any vision model that [`~transformers.AutoModel`] loads: its class token
-    after the last layer, or where there is none the mean over all places. Poolers behind it are left out, as many
-    checkpoints do not hold their weights.
+    One feature vector per image: the class token of a frozen vision model after its last layer, or where there is
+    none the mean over all places. Poolers behind it are left out, as many checkpoints do not hold their weights.
 
     Args:
-        name_or_path (`str`):
-            a vision transformer or a convolutional network, from the Hub or a folder. Of a model of images and text
-            the vision part is taken.
+        name_or_path (`str`): as in [`VisionModel`].
         image_size (`int`, *optional*):
             side in pixels to which images are resized; by default that of the model's config, or else 224. The config
             of DINOv2 says 518; its published distances are at 224.
-
-    Raises:
-        ValueError: if `image_size` is smaller than what one feature stands for.
     """
 
     def __init__(self, name_or_path: str, image_size: int | None = None):
@@ -143,8 +140,7 @@ class FeatureExtractor(VisionModel):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`):
-                images in [-1, 1]; they are resized with an antialiased bicubic filter.
+            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
 
         Returns:
             `torch.Tensor` of shape `(batch, hidden_size)`, float32.

@@ -1,0 +1,58 @@
+"""
+What the `evaluate` modules in the folders beside this file share.
+
+`evaluate.load` copies a module's file and takes the first class in it that is one of its own: import this module from
+there, not its class.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+
+TOKENS = datasets.List(datasets.Value("int64"))
+VECTOR = datasets.List(datasets.Value("float64"))
+IMAGE = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
+
+
+class Metric(evaluate.Metric):
+    """
+    A metric whose texts are those of its card, the `README.md` of its folder.
+
+    Attributes:
+        folder (`str`): name of its folder.
+        inputs (`dict`): features of `predictions` and, if it takes any, of `references`.
+        urls (`tuple[str, ...]`): where it comes from.
+    """
+
+    folder: ClassVar[str]
+    inputs: ClassVar[dict[str, Any]]
+    urls: ClassVar[tuple[str, ...]]
+
+    def _info(self) -> evaluate.MetricInfo:
+        card = (Path(__file__).parent / self.folder / "README.md").read_text(encoding="utf-8")
+        sections = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", card, flags=re.MULTILINE | re.DOTALL))
+        info = evaluate.MetricInfo(
+            description=sections["Description"].strip(),
+            citation=re.sub(r"```(bibtex)?\n?", "", sections["Citation"]).strip(),
+            inputs_description=sections["How to use"].strip(),
+            features=datasets.Features(self.inputs),
+            reference_urls=list(self.urls),
+        )
+        # Not an argument: it is refused for nested features. Lists would take four times the memory or more.
+        info.format = "numpy"
+        return info
+
+
+def image_pairs(
+    predictions: Iterable[np.ndarray], references: Iterable[np.ndarray], device: str = "cpu"
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of one image and of its original, of any sizes."""
+    for prediction, reference in zip(predictions, references, strict=True):
+        yield torch.from_numpy(prediction)[None].to(device), torch.from_numpy(reference)[None].to(device)
