@@ -146,7 +146,9 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
         tokenizer, optimizer, lr_scheduler, train_loader, *adversary, saved=model
     )
     players = {"generator": (tokenizer, optimizer, lr_scheduler), "discriminator": tuple(adversary)}
-    last_layer = model.decoder.conv_out.weight
+    last_layer = model.decoder.conv_out
+    if adversary:
+        adversarial.remember_input(last_layer)
 
     # 4. Training.
     model.train()
@@ -226,7 +228,7 @@ class TokenizerLosses(nn.Module):
         bottleneck_loss: torch.Tensor,
         pixel_values: torch.Tensor,
         discriminator: nn.Module | None,
-        last_layer: torch.Tensor,
+        last_layer: nn.Conv2d,
         accelerator: Accelerator,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The sum, and its terms for the log; with a discriminator also the adversarial loss of its turn."""
@@ -265,7 +267,7 @@ def validate(run: TrainingRun, data: ImageDataset, loader: DataLoader | None, nu
             if usage is not None:
                 counted = usage.compute()
                 metrics["validation_codes_used"] = counted["usage"]
-                if counted["num_codes_used"] < usage.num_codes_if_even() / 2:
+                if counted["num_codes_used"] < counted["num_codes_if_even"] / 2:
                     logger.warning(
                         f"Most codes are unused: {counted['num_codes_used']} of {usage.codebook_size} occur."
                     )

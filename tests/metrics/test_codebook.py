@@ -199,3 +199,22 @@ def test_counts_that_do_not_belong_together():
         usage.merge(CodebookUsage(levels=[3, 5]))
     with pytest.raises(ValueError, match="`bounded`.*`levels`"):
         CodebookUsage(15).update(torch.zeros(1, 1).long(), torch.zeros(1, 2, 1))
+
+
+@pytest.mark.parametrize("size, count", [(1, 5), (7, 3), (50, 200)])
+def test_different_codes_of_even_tokens(size, count):
+    """By the chain of the number of different codes: with j of them, the next token is new with 1 - j / size."""
+    usage = CodebookUsage(size)
+    usage.update(torch.zeros(count, dtype=torch.long))
+    chances = np.zeros(size + 1)
+    chances[0] = 1
+    for _ in range(count):
+        new = 1 - np.arange(size + 1) / size
+        chances = chances * (1 - new) + np.concatenate([[0], (chances * new)[:-1]])
+    assert usage.compute()["num_codes_if_even"] == pytest.approx(chances @ np.arange(size + 1))
+
+
+def test_different_codes_of_even_tokens_in_the_largest_codebook():
+    usage = CodebookUsage(2**63 - 1)
+    usage.update(torch.zeros(1000, dtype=torch.long))
+    assert usage.compute()["num_codes_if_even"] == pytest.approx(1000)
