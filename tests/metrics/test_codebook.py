@@ -46,6 +46,7 @@ def test_extremes():
     assert usage.compute() == {
         "num_tokens": 10,
         "num_codes_used": 1,
+        "num_codes_if_even": pytest.approx(8 * (1 - (7 / 8) ** 10)),
         "usage": 1 / 8,
         "entropy_bits": 0.0,
         "perplexity": 1.0,
