@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin, set_seed
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
@@ -109,6 +109,7 @@ class TrainingRun:
         self.accelerator = Accelerator(
             gradient_accumulation_steps=gradient_accumulation_steps,
             mixed_precision=mixed_precision,
+            dynamo_plugin=_dynamo_plugin(),
             log_with=None if report_to == "none" else report_to,
             project_config=ProjectConfiguration(output_dir, logging_dir=str(self.output_dir / "logs")),
         )
@@ -366,3 +367,15 @@ class TrainingRun:
             lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= self.global_step]
             file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _dynamo_plugin() -> TorchDynamoPlugin:
+    """The compilation that `accelerate` was configured for, less what is wrong in it."""
+    plugin = TorchDynamoPlugin()
+    if plugin.backend == DynamoBackend.INDUCTOR:
+        # With optimized layouts, inductor's backward of an upsampling to the nearest neighbour reads its buffer before
+        # it is filled (torch 2.13): all before it in a tokenizer, encoder included, would get no gradient, unnoticed.
+        plugin.options = {**torch._inductor.list_mode_options(plugin.mode), "layout_optimization": False}
+        # It is in the options, beside which torch takes none.
+        plugin.mode = None
+    return plugin
