@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from vector_quantize_pytorch import FSQ
+from torch._subclasses import FakeTensorMode
+from vector_quantize_pytorch import FSP, FSQ
 
 from hf_ifsq import FiniteScalarQuantizer
 
@@ -18,6 +19,13 @@ GOLDENS = Path(__file__).parents[1] / "fixtures" / "quantizer"
 GOLDEN_CASES = json.loads((GOLDENS / "config.json").read_text())["cases"]
 GOLDEN_TENSORS = load_file(GOLDENS / "goldens.safetensors")
 ALPHAS = {"scale_sigmoid_16": 1.6, "scale_sigmoid_20": 2.0}
+
+OPTIONS = [
+    {},
+    {"bound": "normal"},
+    {"equal_bins": True},
+    {"bound": "normal", "equal_bins": True, "noise_prob": 0.5},
+]
 
 # 7 * 7 * 73 * 127 * 337 * 92737 * 649657 == 2**63 - 1
 LARGEST_CODEBOOK = [7, 7, 73, 127, 337, 92737, 649657]
@@ -92,17 +100,166 @@ def test_alpha_2_is_fsq(levels):
     assert torch.equal(indices[0][clear.all(0)], fsq_indices[0][clear.all(0)].long())
 
 
+@pytest.mark.parametrize("alpha", [1.6, 2.0])
+@pytest.mark.parametrize("bound", ["sigmoid", "normal"])
+@pytest.mark.parametrize("levels", [[2], [3], [4], [17], [8, 5, 2], [6, 6]])
+def test_equal_bins_by_brute_force(levels, bound, alpha):
+    alpha = alpha if bound == "sigmoid" else 1.6
+    z = (torch.linspace(-4, 4, 6001) + 1e-4).repeat(len(levels), 1)
+    codes, indices = FiniteScalarQuantizer(levels, alpha, bound=bound, equal_bins=True)(z[None])
+    z = z[0].double()
+    share = torch.sigmoid(alpha * z) if bound == "sigmoid" else torch.special.ndtr(z)
+    remainder = indices[0]
+    for channel, level in enumerate(levels):
+        # Values within rounding of an edge may fall on either side.
+        clear = (share * level - (share * level).round()).abs() > 1e-5
+        digits = remainder % level
+        assert clear.double().mean() > 0.98
+        assert torch.equal(digits[clear], (share * level).floor().long().clamp(max=level - 1)[clear])
+        torch.testing.assert_close(codes[0, channel], (2 * digits + 1 - level).float() / level)
+        assert digits.unique().numel() == level
+        remainder = remainder // level
+
+
+@pytest.mark.parametrize("level", [2, 3, 4, 8, 9])
+def test_rounding_with_the_normal_bound(level):
+    z = torch.linspace(-5, 5, 4001)[1:]
+    bounded = 2 * torch.special.ndtr(z.double()) - 1
+    if level % 2 == 0:
+        half = (level - 1) / 2 * (1 + 1e-3)
+        shift = torch.special.ndtri(torch.tensor((0.5 / half + 1) / 2, dtype=torch.float64))
+        bounded = (half * (2 * torch.special.ndtr(z.double() + shift) - 1) - 0.5) / (level // 2)
+    else:
+        half = level // 2
+    scaled = bounded * (level // 2)
+    clear = (scaled - scaled.floor() - 0.5).abs() > 1e-4
+    codes, indices = FiniteScalarQuantizer([level], bound="normal")(z[None, None])
+    assert clear.double().mean() > 0.98
+    assert torch.equal(indices[0][clear], scaled.round().long()[clear] + level // 2)
+    torch.testing.assert_close(codes[0, 0], (indices[0] - level // 2).float() / (level // 2))
+
+
+def fsp_of(quantizer):
+    """The same by another library, whose codes have the variance 1 where ours are in (-1, 1)."""
+    rate = 1 - quantizer.noise_prob
+    fsp = FSP(quantizer.levels, act_name="normal", quantize_rate=rate, vector_norm="none", channel_first=True)
+    return fsp.train(quantizer.training)
+
+
+@pytest.mark.parametrize("levels", [[5, 5, 5], [8, 5, 2], [2] * 8, [17] * 4])
+def test_fsp_in_evaluation_mode(levels):
+    quantizer = FiniteScalarQuantizer(levels, bound="normal", equal_bins=True, noise_prob=1.0).eval()
+    z = (torch.randn(4, len(levels), 20, 20) * 1.5).requires_grad_()
+    codes, indices = quantizer(z)
+    fsp_codes, fsp_indices, *_ = fsp_of(quantizer)(z)
+    assert torch.equal(indices, fsp_indices.long())
+    scale = 2 * 0.28867513459481287
+    torch.testing.assert_close(codes, fsp_codes * scale, atol=1e-6, rtol=0)
+    weight = torch.randn_like(codes)
+    (gradient,) = torch.autograd.grad((codes * weight).sum(), z)
+    (fsp_gradient,) = torch.autograd.grad((fsp_codes * weight).sum() * scale, z)
+    torch.testing.assert_close(gradient, fsp_gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("noise_prob", [0.25, 1.0])
+@pytest.mark.parametrize("levels", [[5, 5, 5], [8, 5, 2]])
+def test_fsp_in_training_draws_the_same_noise(levels, noise_prob):
+    quantizer = FiniteScalarQuantizer(levels, bound="normal", equal_bins=True, noise_prob=noise_prob)
+    # Without spatial dimensions both draw in the same order.
+    z = (torch.randn(5000, len(levels)) * 1.5).requires_grad_()
+    results = []
+    for module in (quantizer, fsp_of(quantizer)):
+        torch.manual_seed(7)
+        codes, indices, *_ = module(z)
+        (gradient,) = torch.autograd.grad(codes.square().sum(), z)
+        results.append((codes, indices.long(), gradient))
+    (codes, indices, gradient), (fsp_codes, fsp_indices, fsp_gradient) = results
+    scale = 2 * 0.28867513459481287
+    assert torch.equal(indices, fsp_indices)
+    torch.testing.assert_close(codes, fsp_codes * scale, atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient, fsp_gradient * scale**2, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_stays_within_the_bounds_and_half_a_bin():
+    levels, noise_prob = [9, 4], 0.7
+    quantizer = FiniteScalarQuantizer(levels, equal_bins=True, noise_prob=noise_prob)
+    z = torch.cat([torch.randn(1, 2, 40_000) * 2, torch.full((1, 2, 100), 60.0)], dim=-1)
+    codes, indices = quantizer(z)
+    bounded = quantizer.bounded(z)
+    quantizer.eval()
+    evaluated, evaluated_indices = quantizer(z)
+    assert torch.equal(indices, evaluated_indices) and torch.equal(quantizer.codes_to_indices(evaluated), indices)
+    quantized = codes == evaluated
+    # A proposal out of (-1, 1) leaves the value as it is.
+    assert codes.abs().max() <= 1
+    for channel, level in enumerate(levels):
+        assert quantized[0, channel].float().mean() == pytest.approx(1 - noise_prob, abs=0.01)
+        noise = (codes - bounded)[0, channel][~quantized[0, channel]]
+        assert noise.abs().max() == pytest.approx(1 / level, rel=1e-3)
+        # Uniform: refused proposals are those of the values near the ends alone.
+        inner = bounded[0, channel][~quantized[0, channel]].abs() < 1 - 1 / level
+        assert noise[inner].std() == pytest.approx(1 / level / math.sqrt(3), rel=0.02)
+        assert noise[inner].mean() == pytest.approx(0, abs=0.01)
+
+
+def test_two_levels_of_a_gaussian():
+    # FSQ's own formula: half = 1/2 * 1.001, and the lower code takes what the bound maps below -1/2 + 1/2 = 0.
+    half = 0.5 * (1 + 1e-3)
+    for alpha in (1.6, 2.0):
+        shift = 2 * math.atanh(0.5 / half) / alpha
+        # round(half * b - 1/2) is -1 below -1/2, that is for b < 0.
+        share_above = 0.5 * math.erfc(-shift / math.sqrt(2))
+        if alpha == 1.6:
+            assert round(100 * share_above, 2) >= 99.98
+        z = torch.randn(1, 1, 200_000)
+        assert FiniteScalarQuantizer([2], alpha)(z)[1].float().mean() == pytest.approx(share_above, abs=1e-3)
+        assert FiniteScalarQuantizer([2], alpha, equal_bins=True)(z)[1].float().mean() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("levels", [[17, 17], [8, 5, 2]])
+def test_compiled_exported_and_faked(levels, options):
+    quantizer, z = FiniteScalarQuantizer(levels, **options), torch.randn(2, len(levels), 4, 4)
+    torch.compiler.reset()
+    for training in (True, False):
+        quantizer.train(training)
+        with FakeTensorMode() as mode:
+            codes, indices = quantizer(mode.from_tensor(z).requires_grad_())
+            codes.sum().backward()
+        assert codes.shape == z.shape and indices.shape == (2, 4, 4)
+        torch.manual_seed(3)
+        codes, indices = quantizer(z)
+        compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(3)
+        compiled_codes, compiled_indices = compiled(z)
+        assert torch.equal(compiled_indices, indices)
+        torch.testing.assert_close(compiled_codes, codes)
+        gradients = []
+        for module in (quantizer, compiled):
+            torch.manual_seed(3)
+            leaf = z.clone().requires_grad_()
+            module(leaf)[0].square().sum().backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
+    exported = torch.export.export(quantizer, (z,)).module()
+    assert torch.equal(exported(z)[1], indices) and torch.equal(exported(z)[0], codes)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("levels", [[2], [2, 2, 2], [17, 17], [8, 5, 5, 5], [3, 4, 5, 6], [255, 256]])
-def test_round_trip_of_every_index(levels):
-    quantizer = FiniteScalarQuantizer(levels)
+def test_round_trip_of_every_index(levels, options):
+    quantizer = FiniteScalarQuantizer(levels, **options)
     assert quantizer.codebook_size == math.prod(levels)
     indices = torch.arange(quantizer.codebook_size)[None]
     codes = quantizer.indices_to_codes(indices)
     assert codes.min() >= -1 and codes.max() <= 1
     assert torch.equal(quantizer.codes_to_indices(codes), indices)
     # The first channel is the least significant digit.
-    digits = (codes[0].double() * (torch.tensor(levels) // 2)[:, None]).round().long().numpy()
-    digits += np.array(levels)[:, None] // 2
+    sizes = torch.tensor(levels)[:, None]
+    if quantizer.equal_bins:
+        digits = ((codes[0].double() * sizes + sizes - 1) / 2).round().long().numpy()
+    else:
+        digits = ((codes[0].double() * (sizes // 2)).round().long() + sizes // 2).numpy()
     assert np.array_equal(np.ravel_multi_index(digits, levels, order="F"), indices[0].numpy())
 
 
@@ -164,8 +321,9 @@ def test_spatial_dimensions(levels, spatial):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", [2, 3, 4, 17])
-def test_nearest_codes_by_brute_force(level, dtype):
-    quantizer = FiniteScalarQuantizer([level])
+@pytest.mark.parametrize("equal_bins", [False, True])
+def test_nearest_codes_by_brute_force(level, dtype, equal_bins):
+    quantizer = FiniteScalarQuantizer([level], equal_bins=equal_bins)
     values = torch.linspace(-3, 3, 1002).to(dtype).view(2, 1, -1)
     nearest = quantizer.nearest_codes(values)
     assert nearest.dtype == dtype
@@ -188,8 +346,7 @@ def test_input_is_left_alone_and_layout_does_not_matter():
 
 def test_no_table_of_the_codebook():
     quantizer = FiniteScalarQuantizer([17] * 8)
-    assert list(quantizer.parameters()) == [] and quantizer.state_dict() == {}
-    assert sum(buffer.numel() for buffer in quantizer.buffers()) <= 8
+    assert [*quantizer.parameters(), *quantizer.buffers()] == [] and quantizer.state_dict() == {}
 
 
 @pytest.mark.parametrize("levels", [[], [5, 1], [0], [-3], [5.0, 5], ["5"], [True, 3], [2**20 + 1]])
@@ -208,6 +365,21 @@ def test_too_large_codebook(levels):
 def test_bad_alpha(alpha):
     with pytest.raises(ValueError, match=f"`alpha`.*got {alpha}"):
         FiniteScalarQuantizer([5], alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bound": "tanh"}, r"`bound` must be one of \['sigmoid', 'normal'\], got 'tanh'"),
+        ({"bound": "normal", "alpha": 2.0}, "`alpha`.*'sigmoid' alone, got 2.0 with 'normal'"),
+        ({"equal_bins": True, "noise_prob": 1.5}, "`noise_prob`.*got 1.5"),
+        ({"equal_bins": True, "noise_prob": -0.1}, "`noise_prob`.*got -0.1"),
+        ({"noise_prob": 0.5}, "`noise_prob`.*`equal_bins`, got 0.5"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        FiniteScalarQuantizer([5], **options)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8), (3,), (2, 8, 3)])

@@ -1,6 +1,9 @@
 """Finite scalar quantization: the one place where scalars become codes and integers."""
 
 import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,43 +13,69 @@ from torch import nn
 MAX_LEVEL = 2**20
 
 
-class _RoundStraightThrough(torch.autograd.Function):
-    """`round` whose gradient is that of the identity."""
+class Bound(NamedTuple):
+    """An increasing function of `z` and `alpha` from the real numbers to (-1, 1), and its inverse for one number."""
+
+    function: Callable[[torch.Tensor, float], torch.Tensor]
+    inverse: Callable[[float, float], float]
+
+
+BOUNDS = {
+    # Of iFSQ with alpha = 1.6; with alpha = 2 it is tanh(z), the bound of FSQ.
+    "sigmoid": Bound(lambda z, alpha: 2 * torch.sigmoid(alpha * z) - 1, lambda b, alpha: 2 * math.atanh(b) / alpha),
+    # 2 * Phi(z) - 1 by the distribution function Phi of the normal distribution, which it makes uniform.
+    "normal": Bound(lambda z, alpha: torch.erf(z / math.sqrt(2)), lambda b, alpha: NormalDist().inv_cdf((b + 1) / 2)),
+}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`quantized`, whose gradient is passed to `values` as it is."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, values: torch.Tensor) -> torch.Tensor:
-        return values.round()
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, values: torch.Tensor, quantized: torch.Tensor
+    ) -> torch.Tensor:
+        return quantized
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor) -> torch.Tensor:
-        return grad_output
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_output, None
 
 
 class FiniteScalarQuantizer(nn.Module):
     r"""
-    Rounds each channel of a latent to one of a few levels.
+    Quantizes each channel of a latent to one of a few levels.
 
     A value is bounded by `b = 2 * sigmoid(alpha * z) - 1`. With `alpha=1.6` this is iFSQ (https://arxiv.org/abs/2601.17124),
     which maps a Gaussian latent to a nearly uniform one; with `alpha=2.0` it is `tanh(z)`, the bound of FSQ
     (https://arxiv.org/abs/2309.15505). For an odd number of levels L, `digit = round(b * (L-1)/2) + (L-1)/2` and
-    `code = (digit - (L-1)/2) / ((L-1)/2)`. An even L follows the FSQ paper's own code: the bound is shifted by half a
-    bin and stretched by 1e-3, and `code = (digit - L/2) / (L/2)`. The gradient of the rounding is passed straight
-    through.
+    `code = (digit - (L-1)/2) / ((L-1)/2)`: the two outermost bins are half as wide as the others. An even L follows
+    the FSQ paper's own code: the bound is shifted by half a bin and stretched by 1e-3, and
+    `code = (digit - L/2) / (L/2)`. With L = 2 that puts 99.98 % of a Gaussian into one code: take `equal_bins` there.
 
-    The index of a vector is its digits read in mixed radix, the first channel least significant.
+    With `equal_bins`, (-1, 1) is cut into L bins of the same width, `digit = floor((b+1)/2 * L)`, for odd and even L
+    alike. Codes are the centres of the bins, `(2 * digit + 1 - L) / L`; they are not stretched to -1 and 1.
+    `bound="normal", equal_bins=True, noise_prob=1.0` is finite scalar perturbation, FSP
+    (https://arxiv.org/abs/2602.17133).
+
+    The gradient of the quantization is passed straight through. The index of a vector is its digits read in mixed
+    radix, the first channel least significant.
 
     All arithmetic runs in float32 and int64, whatever autocast or the dtype of the model says; codes come back in the
-    dtype of the input. No table of the codebook is held.
+    dtype of the input. No table of the codebook is held, and no buffer: a model may be made on the meta device.
 
     Args:
         levels (`list[int]`):
             Number of levels of each channel, from 2 to 2**20 each, with a product of at most 2**63 - 1.
         alpha (`float`, *optional*, defaults to 1.6):
-            Slope of the bound, positive.
-
-    Raises:
-        ValueError: if `levels` is empty, has too small or large a level or too large a product, or if `alpha` is not
-            positive.
+            Slope of the bound `"sigmoid"`, positive. Other bounds have none.
+        bound (`str`, *optional*, defaults to `"sigmoid"`):
+            `"sigmoid"`, or `"normal"` for `2 * Phi(z) - 1` with the distribution function of the normal distribution.
+        equal_bins (`bool`, *optional*, defaults to `False`):
+            Whether all bins have the same width.
+        noise_prob (`float`, *optional*, defaults to 0.0):
+            With `equal_bins`, the probability that a value in training is not quantized but moved by uniform noise of
+            at most half a bin, unless that leads out of (-1, 1). Indices are those of the values without noise.
 
     Example:
 
@@ -64,11 +93,18 @@ class FiniteScalarQuantizer(nn.Module):
     ```
     """
 
-    def __init__(self, levels: list[int] | tuple[int, ...], alpha: float = 1.6):
+    def __init__(
+        self,
+        levels: list[int] | tuple[int, ...],
+        alpha: float = 1.6,
+        bound: str = "sigmoid",
+        equal_bins: bool = False,
+        noise_prob: float = 0.0,
+    ):
         super().__init__()
         levels = list(levels)
         if not levels or any(not isinstance(level, int) or level < 2 for level in levels):
-            raise ValueError(f"`levels` must be one or more integers of at least 2, one a channel, got {levels}.")
+            raise ValueError(f"`levels` must be one or more integers of at least 2, one per channel, got {levels}.")
         if max(levels) > MAX_LEVEL:
             raise ValueError(f"`levels` must be at most {MAX_LEVEL} each, which float32 can tell apart, got {levels}.")
         if math.prod(levels) > 2**63 - 1:
@@ -78,10 +114,36 @@ class FiniteScalarQuantizer(nn.Module):
             )
         if not alpha > 0 or not math.isfinite(alpha):
             raise ValueError(f"`alpha` must be a positive finite number, got {alpha}.")
+        if bound not in BOUNDS:
+            raise ValueError(f"`bound` must be one of {list(BOUNDS)}, got {bound!r}.")
+        if bound != "sigmoid" and alpha != 1.6:
+            raise ValueError(f"`alpha` is the slope of the bound 'sigmoid' alone, got {alpha} with {bound!r}.")
+        if not 0 <= noise_prob <= 1:
+            raise ValueError(f"`noise_prob` must be in [0, 1], got {noise_prob}.")
+        if noise_prob and not equal_bins:
+            raise ValueError(f"`noise_prob` must be 0 without `equal_bins`, got {noise_prob}.")
         self.levels = levels
         self.alpha = float(alpha)
-        # An integer buffer keeps its dtype when the model is cast; float constants are derived from it on each call.
-        self.register_buffer("_levels", torch.tensor(levels, dtype=torch.int64), persistent=False)
+        self.bound = bound
+        self.equal_bins = equal_bins
+        self.noise_prob = float(noise_prob)
+
+        # Constants of each channel. Buffers would be lost when a model is made on the meta device.
+        # A code is (digit + offset) / scale, where `digit` is counted from L // 2.
+        self._lowest = [-(level // 2) for level in levels]
+        self._highest = [(level - 1) // 2 for level in levels]
+        self._scale = [level / 2 if equal_bins else level // 2 for level in levels]
+        self._offset = [0.5 if equal_bins and level % 2 == 0 else 0 for level in levels]
+        # FSQ's bound of an even number of levels: moved down by half a bin and stretched by 1e-3, and the latent
+        # shifted so that 0 still becomes 0. The cap acts above 900 levels, where 1e-3 would open one bin too many.
+        self._shifted = not equal_bins and any(level % 2 == 0 for level in levels)
+        half_bin = [0 if level % 2 else 1 / level for level in levels]
+        stretch = [0 if level % 2 else min(1e-3, 0.9 / (level - 1)) for level in levels]
+        self._centre = [-half for half in half_bin]
+        self._half_width = [(1 - half) * (1 + extra) for half, extra in zip(half_bin, stretch)]
+        self._shift = [
+            BOUNDS[bound].inverse(half / width, self.alpha) for half, width in zip(half_bin, self._half_width)
+        ]
 
     @property
     def codebook_size(self) -> int:
@@ -89,34 +151,31 @@ class FiniteScalarQuantizer(nn.Module):
         return math.prod(self.levels)
 
     def extra_repr(self) -> str:
-        """Levels and slope, for `print(model)`."""
-        return f"levels={self.levels}, alpha={self.alpha}"
+        """All options, for `print(model)`."""
+        return (
+            f"levels={self.levels}, alpha={self.alpha}, bound={self.bound!r}, equal_bins={self.equal_bins}, "
+            f"noise_prob={self.noise_prob}"
+        )
 
-    def _channelwise(self, constants: torch.Tensor, ndim: int) -> torch.Tensor:
-        return constants.view(-1, *[1] * (ndim - 2))
-
-    def bound(self, z: torch.Tensor) -> torch.Tensor:
+    def bounded(self, z: torch.Tensor) -> torch.Tensor:
         """
-        Map unbounded values to digits before rounding, less the centre of their range.
+        Bound a latent to the range of the codes: `forward` takes the nearest code of what this returns.
 
         Args:
             z (`torch.Tensor` of shape `(batch, d, *spatial)`): unbounded latent.
 
         Returns:
-            `torch.Tensor` of the shape of `z`, float32: values within (-(L-1)/2, (L-1)/2) for odd L; for even L within
-            half a bin around {-L/2, ..., L/2 - 1}.
+            `torch.Tensor` of the shape of `z`, float32: values in (-1, 1); without `equal_bins`, those of an even
+            number of levels within half a bin around the codes {-1, ..., 1 - 2/L}.
         """
-        levels = self._channelwise(self._levels, z.ndim)
-        half_width = (levels - 1) / 2
-        if all(level % 2 for level in self.levels):
-            return torch.addcmul(-half_width, (z.float() * self.alpha).sigmoid_(), 2 * half_width)
-        even = (levels % 2 == 0).float()
-        # FSQ's stretch is 1e-3. The cap only acts above 900 levels, where 1e-3 would open one bin more than there are.
-        half_width = half_width * (1 + even * (0.9 / (levels - 1)).clamp(max=1e-3))
-        offset = even / 2
-        shift = 2 * torch.atanh(offset / half_width)
-        bounded = torch.sigmoid(torch.addcmul(shift, z.float(), torch.full_like(shift, self.alpha)))
-        return torch.addcmul(-half_width - offset, bounded, 2 * half_width)
+        bound = BOUNDS[self.bound].function
+        z = z.float()
+        if not self._shifted:
+            return bound(z, self.alpha)
+        centre, half_width, shift = (
+            self._per_channel(constants, z) for constants in (self._centre, self._half_width, self._shift)
+        )
+        return bound(z + shift, self.alpha) * half_width + centre
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -124,23 +183,23 @@ class FiniteScalarQuantizer(nn.Module):
 
         Args:
             z (`torch.Tensor` of shape `(batch, d, *spatial)`):
-                unbounded latent, `d = len(levels)`. A value that is no number stays one in the codes; its index has no
-                meaning.
+                unbounded latent, `d = len(levels)`. A value that is not a number stays one in the codes; its index has
+                no meaning.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the codes in [-1, 1], of the shape and dtype of `z`, and their
             indices, int64 of shape `(batch, *spatial)`, in [0, codebook_size).
-
-        Raises:
-            ValueError: if `z` has not `d` channels or is no floating-point tensor.
         """
         self._check_channels(z, "z")
         with torch.autocast(device_type=z.device.type, enabled=False):
-            rounded = _RoundStraightThrough.apply(self.bound(z))
-            half = self._channelwise(self._levels // 2, z.ndim)
-            indices = self._centred_digits_to_indices(rounded.detach())
-            codes = rounded.div_(half).to(z.dtype)
-        return codes, indices
+            values = self.bounded(z)
+            digits = self._nearest_digits(values)
+            indices = self._digits_to_indices(digits)
+            codes = self._digits_to_codes(digits)
+            if self.training and self.noise_prob:
+                codes = self._with_noise(values.detach(), codes)
+            codes = _StraightThrough.apply(values, codes)
+        return codes.to(z.dtype), indices
 
     def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
         """
@@ -151,14 +210,9 @@ class FiniteScalarQuantizer(nn.Module):
 
         Returns:
             `torch.Tensor` of the shape and dtype of `values`: codes in [-1, 1].
-
-        Raises:
-            ValueError: if `values` has not `d` channels.
         """
         self._check_channels(values, "values")
-        half = self._channelwise(self._levels // 2, values.ndim)
-        last = self._channelwise(self._levels, values.ndim) - 1 - half
-        return (torch.clamp((values.float() * half).round(), -half, last) / half).to(values.dtype)
+        return self._digits_to_codes(self._nearest_digits(values)).to(values.dtype)
 
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
         """
@@ -167,20 +221,17 @@ class FiniteScalarQuantizer(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(batch, *spatial)`, int64: indices in [0, codebook_size).
-
-        Raises:
-            ValueError: if `codes` has not `d` channels, or a value that is no number or outside the codebook.
         """  # noqa: D205
         self._check_channels(codes, "codes")
-        half = self._channelwise(self._levels // 2, codes.ndim)
-        centred_digits = (codes.float() * half).round()
-        levels = self._channelwise(self._levels, codes.ndim)
-        if not ((centred_digits >= -half) & (centred_digits < levels - half)).all():
+        digits = self._nearest_digits(codes)
+        half_bin = 0.5 / self._per_channel(self._scale, codes)
+        # A comparison with NaN is false.
+        if not ((codes.float() - self._digits_to_codes(digits)).abs() <= half_bin * (1 + 1e-6)).all():
             raise ValueError(
                 f"`codes` must be within the codebook of levels {self.levels}, that is within [-1, 1], but it spans "
                 f"[{codes.min().item()}, {codes.max().item()}]."
             )
-        return self._centred_digits_to_indices(centred_digits)
+        return self._digits_to_indices(digits)
 
     def indices_to_codes(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """
@@ -190,9 +241,6 @@ class FiniteScalarQuantizer(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(batch, d, *spatial)`: codes in [-1, 1].
-
-        Raises:
-            ValueError: if `indices` is not an integer tensor or has an index outside the codebook.
         """  # noqa: D205
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise ValueError(f"`indices` must be integers, got a tensor of dtype {indices.dtype}.")
@@ -204,21 +252,47 @@ class FiniteScalarQuantizer(nn.Module):
         remainder = indices.long()
         digits = []
         for level in self.levels:
-            digits.append(remainder % level)
+            digits.append(remainder % level - level // 2)
             remainder = remainder // level
-        # The indices of a token dataset may be on another device than the quantizer.
-        half = self._channelwise(self._levels // 2, indices.ndim + 1).to(indices.device)
-        return ((torch.stack(digits, dim=1) - half) / half).to(dtype)
+        return self._digits_to_codes(torch.stack(digits, dim=1).float()).to(dtype)
 
-    def _centred_digits_to_indices(self, centred_digits: torch.Tensor) -> torch.Tensor:
-        # Horner's rule from the most significant channel down, in int64: exact for any codebook that fits. A digit is
-        # its centred value plus L // 2; the sum over the channels of that constant is added once, at the end.
-        indices = centred_digits[:, -1].long()
+    def _nearest_digits(self, values: torch.Tensor) -> torch.Tensor:
+        """Digits less L // 2, in float32."""
+        digits = values.detach().float() * self._per_channel(self._scale, values)
+        if self.equal_bins:
+            digits.sub_(self._per_channel(self._offset, values))
+        # `clamp` by tensors takes four times as long.
+        torch.maximum(digits.round_(), self._per_channel(self._lowest, values), out=digits)
+        return torch.minimum(digits, self._per_channel(self._highest, values), out=digits)
+
+    def _digits_to_codes(self, digits: torch.Tensor) -> torch.Tensor:
+        if self.equal_bins:
+            digits = digits + self._per_channel(self._offset, digits)
+        return digits / self._per_channel(self._scale, digits)
+
+    def _digits_to_indices(self, digits: torch.Tensor) -> torch.Tensor:
+        # Horner's rule from the most significant channel down, in int64: exact for any codebook that fits. The sum
+        # over the channels of the constants L // 2 is added once, at the end.
+        indices = digits[:, -1].long()
         centre = self.levels[-1] // 2
         for channel in reversed(range(len(self.levels) - 1)):
-            indices.mul_(self.levels[channel]).add_(centred_digits[:, channel].long())
+            indices.mul_(self.levels[channel]).add_(digits[:, channel].long())
             centre = centre * self.levels[channel] + self.levels[channel] // 2
         return indices.add_(centre)
+
+    def _with_noise(self, values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        half_bin = 0.5 / self._per_channel(self._scale, values)
+        moved = values + half_bin * (2 * torch.rand_like(values) - 1)
+        noisy = torch.where(moved.abs() < 1, moved, values)
+        return torch.where(torch.rand_like(values) >= 1 - self.noise_prob, noisy, codes)
+
+    def _per_channel(self, constants: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+        """Constants that broadcast to float32 values of the shape and device of `like`: one number if all are equal."""
+        if len(set(constants)) == 1:
+            return like.new_full((), constants[0], dtype=torch.float32)
+        # Filled where the values are: a device would have to wait for a copy from the host.
+        filled = [like.new_full((1,), constant, dtype=torch.float32) for constant in constants]
+        return torch.cat(filled).view(-1, *[1] * (like.ndim - 2))
 
     def _check_channels(self, values: torch.Tensor, name: str) -> None:
         if not values.is_floating_point():
