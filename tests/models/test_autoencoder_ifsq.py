@@ -1,8 +1,13 @@
+import json
+import logging
 import re
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from hf_ifsq import AutoencoderIFSQ
@@ -38,7 +43,7 @@ def test_tuples_hold_the_same_as_named_outputs(make_autoencoder):
         assert all(torch.equal(a, b) for a, b in zip(named.to_tuple(), plain, strict=True))
 
 
-@pytest.mark.parametrize("sample_size, grid", [(16, (4, 4)), ((8, 20), (2, 5)), ([8, 20], (2, 5))])
+@pytest.mark.parametrize("sample_size, grid", [(16, (4, 4)), ((16, 16), (4, 4)), ((8, 20), (2, 5)), ([8, 20], (2, 5))])
 def test_grid_size(make_autoencoder, sample_size, grid):
     assert make_autoencoder(sample_size=sample_size).grid_size == grid
 
@@ -54,6 +59,7 @@ def test_codes_and_indices_are_those_of_the_latent(make_autoencoder):
     torch.testing.assert_close(encoded.codes, (digits - half) / half)
     assert torch.equal(encoded.indices, digits[:, 0] + 5 * digits[:, 1] + 20 * digits[:, 2])
     latent = model.quant_conv(model.encoder(pixel_values))
+    assert torch.equal(encoded.unquantized, latent)
     assert torch.equal(digits[:, 0], (2 * (2 * torch.sigmoid(1.6 * latent[:, 0]) - 1)).round().long() + 2)
 
 
@@ -189,6 +195,98 @@ def test_save_and_load(make_autoencoder, tmp_path):
     assert (loaded.quantizer.alpha, loaded.quantizer.levels, loaded.grid_size) == (2.0, [7, 3], (4, 2))
     expected, output = model(pixel_values), loaded(pixel_values)
     assert torch.equal(output.sample, expected.sample) and torch.equal(output.indices, expected.indices)
+
+
+def test_options_of_the_quantizer_are_saved(make_autoencoder, tmp_path):
+    options = {"bound": "normal", "equal_bins": True, "noise_prob": 0.5}
+    model, pixel_values = make_autoencoder(**options), images()
+    model.save_pretrained(tmp_path)
+    loaded = AutoencoderIFSQ.from_pretrained(tmp_path)
+    assert {name: getattr(loaded.quantizer, name) for name in options} == options
+    encoded = loaded.encode(pixel_values)
+    assert torch.equal(encoded.codes, model.encode(pixel_values).codes)
+    # Centres of the bins of 5, 4 and 3 levels.
+    assert encoded.codes[:, 0].unique().tolist() == pytest.approx([-0.8, -0.4, 0, 0.4, 0.8])
+    assert encoded.codes[:, 1].unique().tolist() == pytest.approx([-0.75, -0.25, 0.25, 0.75])
+    torch.testing.assert_close(model.decode_indices(encoded.indices).sample, model.decode(encoded.codes).sample)
+    # Noise is for training alone.
+    assert torch.equal(model.train().encode(pixel_values).indices, encoded.indices)
+    assert not torch.equal(model.encode(pixel_values).codes, encoded.codes)
+
+
+def test_config_without_the_options_of_the_quantizer(make_autoencoder, tmp_path):
+    model = make_autoencoder()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("bound", "equal_bins", "noise_prob"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pixel_values = images()
+    loaded = AutoencoderIFSQ.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(pixel_values).indices, model.encode(pixel_values).indices)
+
+
+def test_made_on_the_meta_device(make_autoencoder):
+    model, pixel_values = make_autoencoder(), images()
+    with torch.device("meta"):
+        empty = make_autoencoder()
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(model.state_dict())
+    assert torch.equal(filled.encode(pixel_values).indices, model.encode(pixel_values).indices)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bound": "normal", "equal_bins": True, "noise_prob": 1.0}])
+def test_forward_reads_no_value(make_autoencoder, options, training):
+    with FakeTensorMode():
+        model = make_autoencoder(**options).train(training)
+        output = model(images())
+        (output.sample.mean() + output.codes.mean()).backward()
+        assert output.sample.shape == (2, 3, 16, 16) and output.indices.shape == (2, 4, 4)
+        model.enable_slicing()
+        model.enable_tiling()
+        assert model(images(2, 3, 20, 16)).sample.shape == (2, 3, 20, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"levels": (8, 8, 8), "equal_bins": True}])
+def test_compiled(make_autoencoder, options):
+    torch.compiler.reset()
+    model, pixel_values = make_autoencoder(**options).train(), images()
+    expected = model(pixel_values)
+    output = torch.compile(model, fullgraph=True, backend="aot_eager")(pixel_values)
+    torch.testing.assert_close(output.sample, expected.sample)
+    assert torch.equal(output.indices, expected.indices)
+    with torch.no_grad():
+        encoded = torch.compile(model.encode, fullgraph=True, backend="eager")(pixel_values)
+        decode_indices = torch.compile(model.decode_indices, fullgraph=True, backend="eager")
+        assert torch.equal(encoded.indices, expected.indices)
+        torch.testing.assert_close(decode_indices(encoded.indices).sample, expected.sample)
+
+
+def test_prepared_for_mixed_precision(make_autoencoder):
+    model, pixel_values = make_autoencoder().train(), images()
+    expected = model(pixel_values)
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    output = prepared(pixel_values)
+    assert output.sample.dtype == torch.float32 and output.indices.dtype == torch.int64
+    # In bfloat16 some latents fall into a neighbouring bin.
+    assert (output.indices == expected.indices).float().mean() > 0.9
+    output.sample.mean().backward()
+    encoded = model.encode(pixel_values)
+    assert torch.equal(send_to_device(encoded, "cpu").unquantized, encoded.unquantized)
+
+
+def test_casting_warns_of_nothing(make_autoencoder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    model = make_autoencoder()
+    model.to(torch.float16).save_pretrained(tmp_path)
+    assert model.half().dtype == model.to("cpu", dtype=torch.float16).dtype == torch.float16
+    assert AutoencoderIFSQ.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert caplog.messages == []
+    # Where there are such modules, diffusers' warning still comes.
+    model._keep_in_fp32_modules = ["quant_conv"]
+    model.to(torch.float32)
+    assert "kept in float32: ['quant_conv']" in caplog.text
 
 
 def test_checkpoint_that_does_not_fit(make_autoencoder, tmp_path, spoil_checkpoint):

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
+from types import EllipsisType
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -11,10 +13,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .grid import as_grid
 from .loading import StrictLoadingMixin
 from .quantization import FiniteScalarQuantizer
 
 
+# All fields but the first have a default: accelerate rebuilds outputs from a dict, which `BaseOutput` then takes.
 @dataclass
 class AutoencoderIFSQEncoderOutput(BaseOutput):
     """
@@ -23,10 +27,12 @@ class AutoencoderIFSQEncoderOutput(BaseOutput):
     Args:
         codes (`torch.Tensor` of shape `(batch, d, height / f, width / f)`): quantized values in [-1, 1].
         indices (`torch.Tensor` of shape `(batch, height / f, width / f)`): int64 token ids in [0, codebook_size).
+        unquantized (`torch.Tensor` of the shape of `codes`): the unbounded latent that was quantized.
     """
 
     codes: torch.Tensor
-    indices: torch.Tensor
+    indices: torch.Tensor | None = None
+    unquantized: torch.Tensor | None = None
 
 
 @dataclass
@@ -36,16 +42,15 @@ class AutoencoderIFSQOutput(BaseOutput):
 
     Args:
         sample (`torch.Tensor` of shape `(batch, channels, height, width)`): reconstruction, about in [-1, 1].
-        codes (`torch.Tensor` of shape `(batch, d, height / f, width / f)`): quantized values in [-1, 1].
-        indices (`torch.Tensor` of shape `(batch, height / f, width / f)`): int64 token ids in [0, codebook_size).
+        codes, indices (`torch.Tensor`): as of [`AutoencoderIFSQEncoderOutput`].
     """
 
     sample: torch.Tensor
-    codes: torch.Tensor
-    indices: torch.Tensor
+    codes: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
 
 
-class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
     r"""
     Convolutional autoencoder whose bottleneck is finite scalar quantization with the iFSQ bound
     (https://arxiv.org/abs/2601.17124). Its `indices` feed an autoregressive generator, its `codes` a diffusion model.
@@ -66,6 +71,9 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`):
             levels of each of the `d` channels of the codes, see [`FiniteScalarQuantizer`].
         alpha (`float`, *optional*, defaults to 1.6): slope of the bound; 1.6 is iFSQ, 2.0 is FSQ's `tanh`.
+        bound (`str`, *optional*, defaults to `"sigmoid"`), equal_bins (`bool`, *optional*, defaults to `False`),
+        noise_prob (`float`, *optional*, defaults to 0.0):
+            further options of the [`FiniteScalarQuantizer`].
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 256):
             height and width in pixels of the images trained on, and of a tile.
         scaling_factor (`float`, *optional*, defaults to 1.0):
@@ -88,8 +96,8 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["ResnetBlock2D"]
-    _skip_layerwise_casting_patterns = ["quantizer"]
+    _no_split_modules = ["ResnetBlock2D"]  # type: ignore[assignment]
+    _skip_layerwise_casting_patterns = ["quantizer"]  # type: ignore[assignment]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
 
     # Share of a tile that overlaps with the next one.
@@ -106,35 +114,37 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         z_channels: int | None = None,
         levels: tuple[int, ...] = (17, 17, 17, 17),
         alpha: float = 1.6,
+        bound: str = "sigmoid",
+        equal_bins: bool = False,
+        noise_prob: float = 0.0,
         sample_size: int | tuple[int, int] = 256,
         scaling_factor: float = 1.0,
     ):
         super().__init__()
         z_channels = len(levels) if z_channels is None else z_channels
-        blocks = {
-            "block_out_channels": block_out_channels,
-            "layers_per_block": layers_per_block,
-            "norm_num_groups": norm_num_groups,
-            "mid_block_add_attention": False,
-        }
         self.encoder = Encoder(
             in_channels=in_channels,
             out_channels=z_channels,
             down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
-            double_z=True,
-            **blocks,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=False,
         )
         self.quant_conv = nn.Conv2d(2 * z_channels, len(levels), 1)
-        self.quantizer = FiniteScalarQuantizer(levels, alpha)
+        self.quantizer = FiniteScalarQuantizer(levels, alpha, bound, equal_bins, noise_prob)
         self.post_quant_conv = nn.Conv2d(len(levels), z_channels, 1)
         self.decoder = Decoder(
             in_channels=z_channels,
             out_channels=out_channels,
             up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
-            **blocks,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=False,
         )
         self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        height, width = as_grid(sample_size)
         if height % self.downsampling_factor or width % self.downsampling_factor:
             raise ValueError(
                 f"`sample_size` must be a multiple of the downsampling factor {self.downsampling_factor} that "
@@ -152,7 +162,7 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     @apply_forward_hook
     def encode(
         self, pixel_values: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderIFSQEncoderOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> AutoencoderIFSQEncoderOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Encode images into codes and their indices.
 
@@ -162,20 +172,16 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
 
         Returns:
-            [`AutoencoderIFSQEncoderOutput`] or `tuple`: `codes` and `indices`.
-
-        Raises:
-            ValueError: if `pixel_values` is of another shape or dtype than said, or if it or a weight is not finite.
+            [`AutoencoderIFSQEncoderOutput`] or `tuple`: `codes`, `indices` and `unquantized`.
         """
-        self._check_pixel_values(pixel_values)
-        latent = self._sliced(self._encode, pixel_values)
+        latent = self._encode(pixel_values)
         if not torch.compiler.is_compiling() and not torch.isfinite(latent).all():
             culprit = "the encoder's weights are" if torch.isfinite(pixel_values).all() else "`pixel_values` is"
             raise ValueError(f"{culprit} not finite (NaN or infinity): there is nothing to quantize.")
         codes, indices = self.quantizer(latent)
         if not return_dict:
-            return codes, indices
-        return AutoencoderIFSQEncoderOutput(codes=codes, indices=indices)
+            return codes, indices, latent
+        return AutoencoderIFSQEncoderOutput(codes=codes, indices=indices, unquantized=latent)
 
     @apply_forward_hook
     def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
@@ -189,9 +195,6 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         Returns:
             [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: `sample`, images of shape
             `(batch, out_channels, height, width)`, about in [-1, 1].
-
-        Raises:
-            ValueError: if `codes` has not the shape `(batch, d, *, *)` or is not finite.
         """
         if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
             raise ValueError(
@@ -200,7 +203,7 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
             )
         if not torch.compiler.is_compiling() and not torch.isfinite(codes).all():
             raise ValueError("`codes` is not finite (NaN or infinity): there is nothing to decode.")
-        sample = self._sliced(self._decode, codes)
+        sample = self._decode(codes)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
@@ -214,32 +217,17 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
 
         Returns:
             As [`AutoencoderIFSQ.decode`].
-
-        Raises:
-            ValueError: if `indices` has another shape or dtype than said, or an index outside the codebook.
         """
         if indices.ndim != 3:
             raise ValueError(f"`indices` must have shape (batch, height, width), got {tuple(indices.shape)}.")
         return self.decode(self.quantizer.indices_to_codes(indices, dtype=self.dtype), return_dict=return_dict)
 
-    @apply_forward_hook
-    def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
-        """
-        Round values of any size to the nearest codes.
-
-        Args:
-            values (`torch.Tensor` of shape `(batch, d, *spatial)`): values in the range of codes or beyond.
-
-        Returns:
-            `torch.Tensor` of the shape and dtype of `values`: codes in [-1, 1].
-        """
-        return self.quantizer.nearest_codes(values)
-
     def forward(
         self, pixel_values: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderIFSQOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Encode and decode images; gradients pass straight through the rounding.
+        Encode and decode images; gradients pass straight through the rounding. No value is read back from the
+        device: what is not finite comes out as it is.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`): as in `encode`.
@@ -248,15 +236,14 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         Returns:
             [`AutoencoderIFSQOutput`] or `tuple`: `sample`, `codes` and `indices`.
         """
-        codes, indices = self.encode(pixel_values, return_dict=False)
-        (sample,) = self.decode(codes, return_dict=False)
+        codes, indices = self.quantizer(self._encode(pixel_values))
+        sample = self._decode(codes)
         if not return_dict:
             return sample, codes, indices
         return AutoencoderIFSQOutput(sample=sample, codes=codes, indices=indices)
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        factor, channels = self.downsampling_factor, self.config.in_channels
-        shape = tuple(pixel_values.shape)
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        factor, channels, shape = self.downsampling_factor, self.config["in_channels"], tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels:
             raise ValueError(f"`pixel_values` must have shape (batch, {channels}, height, width), got {shape}.")
         if shape[2] % factor or shape[3] % factor or 0 in shape:
@@ -266,23 +253,17 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
             )
         if not pixel_values.is_floating_point():
             raise ValueError(f"`pixel_values` must be floats in [-1, 1], got a tensor of dtype {pixel_values.dtype}.")
-
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        def encode_tile(tile: torch.Tensor) -> torch.Tensor:
-            return self.quant_conv(self.encoder(tile))
-
-        return self._tiled(encode_tile, pixel_values, scale_in=self.downsampling_factor, scale_out=1)
+        return self._sliced(lambda images: self.quant_conv(self.encoder(images)), pixel_values, factor, 1)
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
-        def decode_tile(tile: torch.Tensor) -> torch.Tensor:
-            return self.decoder(self.post_quant_conv(tile))
+        return self._sliced(lambda part: self.decoder(self.post_quant_conv(part)), codes, 1, self.downsampling_factor)
 
-        return self._tiled(decode_tile, codes, scale_in=1, scale_out=self.downsampling_factor)
-
-    def _sliced(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        if self.use_slicing and batch.shape[0] > 1:
-            return torch.cat([function(row) for row in batch.split(1)])
-        return function(batch)
+    def _sliced(
+        self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, scale_in: int, scale_out: int
+    ) -> torch.Tensor:
+        if self.use_slicing and len(batch) > 1:
+            return torch.cat([self._tiled(function, row, scale_in, scale_out) for row in batch.split(1)])
+        return self._tiled(function, batch, scale_in, scale_out)
 
     def _tiled(
         self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, scale_in: int, scale_out: int
@@ -296,22 +277,22 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         tile_rows, tile_columns = self.grid_size
         if not self.use_tiling or (rows <= tile_rows and columns <= tile_columns):
             return function(batch)
-        total, weights = None, None
-        for top in self._tile_starts(rows, tile_rows):
-            for left in self._tile_starts(columns, tile_columns):
-                bottom, right = min(top + tile_rows, rows), min(left + tile_columns, columns)
-                part = function(batch[..., top * scale_in : bottom * scale_in, left * scale_in : right * scale_in])
-                if total is None:
-                    shape = (*part.shape[:2], rows * scale_out, columns * scale_out)
-                    # In float32: the sum of the weights would overflow or be rounded in half precision.
-                    total = torch.zeros(shape, device=part.device)
-                    weights = torch.zeros(shape[-2:], device=part.device)
-                ramps = [torch.arange(1, side + 1.0, device=part.device) for side in part.shape[-2:]]
-                weight = torch.outer(*[torch.minimum(ramp, ramp.flip(0)) for ramp in ramps])
-                window = (..., slice(top * scale_out, bottom * scale_out), slice(left * scale_out, right * scale_out))
-                total[window] += part * weight
-                weights[window] += weight
-        return (total / weights).to(part.dtype)
+
+        def window(start: tuple[int, int], scale: int) -> tuple[EllipsisType | slice, ...]:
+            ends = zip(start, self.grid_size)
+            return (..., *[slice(first * scale, (first + length) * scale) for first, length in ends])
+
+        starts = list(product(self._tile_starts(rows, tile_rows), self._tile_starts(columns, tile_columns)))
+        parts = [function(batch[window(start, scale_in)]) for start in starts]
+        # In float32: the sum of the weights would overflow or be rounded in half precision.
+        weights = torch.zeros(rows * scale_out, columns * scale_out, device=batch.device)
+        total = weights.repeat(*parts[0].shape[:2], 1, 1)
+        for start, part in zip(starts, parts):
+            ramps = [torch.arange(1, side + 1.0, device=part.device) for side in part.shape[-2:]]
+            weight = torch.outer(*[torch.minimum(ramp, ramp.flip(0)) for ramp in ramps])
+            total[window(start, scale_out)] += part * weight
+            weights[window(start, scale_out)] += weight
+        return (total / weights).to(parts[0].dtype)
 
     def _tile_starts(self, size: int, tile: int) -> list[int]:
         """Starts of the tiles along one side; the last tile ends where the side ends."""

@@ -1,10 +1,18 @@
 """Loading that fails on a checkpoint that does not fit, instead of going on with random weights."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+
+# diffusers warns on every cast of every model that modules should be kept in float32, and lists none where there are
+# none: `ModelMixin.to` asks whether the list is None after it made it `[]`.
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "should be kept in float32: []" not in record.getMessage()
+)
 
 
 class StrictLoadingMixin:
@@ -14,15 +22,10 @@ class StrictLoadingMixin:
     def from_pretrained(
         cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
     ) -> Any:
-        """
-        Load a model as the library's `from_pretrained` does.
-
-        Raises:
-            ValueError: if the checkpoint and the model have not the same weights.
-        """
+        """Load a model as the library's `from_pretrained` does; checkpoint and model must have the same weights."""
         # The error of transformers does not name misshapen weights: they are let through to be named here.
         let_through = ignore_mismatched_sizes or issubclass(cls, PreTrainedModel)
-        model, loading_info = super().from_pretrained(
+        model, loading_info = super().from_pretrained(  # type: ignore[misc]
             *args, output_loading_info=True, ignore_mismatched_sizes=let_through, **kwargs
         )
         check_loading_info(model, loading_info, ignore_mismatched_sizes)
@@ -33,15 +36,12 @@ def check_loading_info(
     model: nn.Module, loading_info: Mapping[str, Any], ignore_mismatched_sizes: bool = False
 ) -> None:
     """
-    Raise an error if a checkpoint and the model that was loaded from it have not the same weights.
+    Raise a `ValueError` with the first names of each misfit if a checkpoint and its model have not the same weights.
 
     Args:
         model (`torch.nn.Module`): the loaded model.
         loading_info (`dict`): what `from_pretrained` gives by `output_loading_info=True`.
         ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): whether to let other shapes through.
-
-    Raises:
-        ValueError: with the first names of each kind of misfit.
     """
     kinds = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
     problems = [

@@ -244,7 +244,8 @@ class FiniteScalarQuantizer(nn.Module):
         """  # noqa: D205
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise ValueError(f"`indices` must be integers, got a tensor of dtype {indices.dtype}.")
-        if indices.numel() and (indices.min() < 0 or indices.max() >= self.codebook_size):
+        checked = indices.numel() and not torch.compiler.is_compiling()
+        if checked and (indices.min() < 0 or indices.max() >= self.codebook_size):
             raise ValueError(
                 f"`indices` must be in [0, {self.codebook_size}), the codebook of levels {self.levels}, but they span "
                 f"[{indices.min().item()}, {indices.max().item()}]."
