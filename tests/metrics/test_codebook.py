@@ -131,6 +131,28 @@ def test_bounded_values_are_what_is_rounded(levels, alpha):
     torch.testing.assert_close(extremes, torch.tensor([-1.0, 1.0]).expand(1, len(levels), 2))
 
 
+@pytest.mark.parametrize("levels", [[5, 3], [4, 2, 17]])
+@pytest.mark.parametrize("bound", ["sigmoid", "normal"])
+def test_bounded_values_of_equal_bins(levels, bound):
+    quantizer = FiniteScalarQuantizer(levels, bound=bound, equal_bins=True)
+    latent = torch.randn(4, len(levels), 600)
+    bounded, codes = bounded_values(quantizer, latent), quantizer(latent)[0]
+    expected = 2 * torch.sigmoid(1.6 * latent) - 1 if bound == "sigmoid" else 2 * torch.special.ndtr(latent) - 1
+    torch.testing.assert_close(bounded, expected, atol=1e-6, rtol=0)
+    for dimension, level in enumerate(levels):
+        digits = ((bounded[:, dimension] + 1) / 2 * level).floor()
+        torch.testing.assert_close(codes[:, dimension], (2 * digits + 1 - level) / level)
+
+
+def test_the_normal_bound_makes_a_gaussian_uniform():
+    quantizer, latent = FiniteScalarQuantizer([5], bound="normal", equal_bins=True), torch.randn(10, 1, 5000)
+    usage = CodebookUsage(levels=[5])
+    usage.update(quantizer(latent)[1], bounded_values(quantizer, latent))
+    result = usage.compute()
+    assert result["dimension_ks_distances"][0] < 0.01
+    assert result["entropy_bits"] == pytest.approx(math.log2(5), abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

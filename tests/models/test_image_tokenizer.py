@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import AutoencoderKL, UNet2DModel, VQModel
+from torch._subclasses import FakeTensorMode
 
 from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer, load_image_tokenizer
@@ -98,6 +99,16 @@ def test_ifsq_in_training(make, images):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_reads_no_value(make, model_class, training):
+    with FakeTensorMode():
+        tokenizer = make(model_class).train(training)
+        sample, loss = tokenizer(torch.rand(3, 3, 16, 16))
+        (sample.mean() + loss).backward()
+    assert sample.shape == (3, 3, 16, 16) and loss.shape == ()
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
 def test_latents(make, images, model_class):
     options = {"shift_factor": 0.5} if model_class is AutoencoderKL else {}
     tokenizer = make(model_class, scaling_factor=4.0, **options)
@@ -127,8 +138,8 @@ def test_loading(make, images, tmp_path, model_class):
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert torch.equal(loaded.encode_codes(images), tokenizer.encode_codes(images))
-    assert loaded.describe() == tokenizer.describe()
-    assert load_image_tokenizer(tmp_path, sample_size=32).grid_size == (8, 8)
+    for size, grid in ((32, (8, 8)), ((16, 8), (4, 2))):
+        assert load_image_tokenizer(str(tmp_path), sample_size=size).grid_size == grid
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
@@ -153,18 +164,6 @@ def test_other_models(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must be one of .*'AutoencoderKL'.* got UNet2DModel"):
         load_image_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("model_class", CLASSES)
-def test_describe_tells_tokenizers_apart(make, model_class):
-    tokenizer = make(model_class)
-    before = tokenizer.describe()
-    assert before["class"] == model_class.__name__
-    assert before["grid_size"] == [4, 4]
-    with torch.no_grad():
-        tokenizer.model.decoder.conv_out.bias[1] += 1e-3
-    after = tokenizer.describe()
-    assert [name for name in before if before[name] != after[name]] == ["weights_sha256"]
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
@@ -218,7 +217,3 @@ def test_nearest_codes_of_vq_in_half_precision(make):
 def test_vq_that_decodes_indices_alone(make_baseline):
     with pytest.raises(ValueError, match="`lookup_from_codebook=True`"):
         as_image_tokenizer(make_baseline(VQModel, lookup_from_codebook=True))
-
-
-def test_describe_tells_the_slope_of_the_bound(make):
-    assert make(AutoencoderIFSQ, alpha=2.0).describe()["alpha"] == 2.0

@@ -25,10 +25,6 @@ class CodebookUsage:
         codebook_size (`int`, *optional*): number of codes; by default the product of `levels`.
         levels (`list[int]`, *optional*):
             levels of each dimension of finite scalar quantization, the first least significant in a token.
-
-    Raises:
-        ValueError: if neither is given, if they disagree or if one is too small.
-
     Example:
 
     ```python
@@ -45,14 +41,16 @@ class CodebookUsage:
     """
 
     def __init__(self, codebook_size: int | None = None, levels: list[int] | None = None):
-        if codebook_size is None and levels is None:
+        if levels is not None:
+            if not levels or min(levels) < 2 or codebook_size not in (None, math.prod(levels)):
+                raise ValueError(
+                    f"`levels` must be integers of at least 2 with the product `codebook_size`, got {levels} and "
+                    f"{codebook_size}."
+                )
+            codebook_size = math.prod(levels)
+        if codebook_size is None:
             raise ValueError("Give `codebook_size` or `levels`, got neither.")
-        if levels is not None and (not levels or min(levels) < 2 or codebook_size not in (None, math.prod(levels))):
-            raise ValueError(
-                f"`levels` must be integers of at least 2 with the product `codebook_size`, got {levels} and "
-                f"{codebook_size}."
-            )
-        self.codebook_size = math.prod(levels) if codebook_size is None else codebook_size
+        self.codebook_size = codebook_size
         if not 1 <= self.codebook_size <= 2**63 - 1:
             raise ValueError(f"`codebook_size` must be in [1, 2**63 - 1], got {self.codebook_size}.")
         self.levels = None if levels is None else list(levels)
@@ -74,9 +72,6 @@ class CodebookUsage:
             bounded (`torch.Tensor` of shape `(batch, dimensions, *spatial)`, *optional*):
                 floats in [-1, 1], the values that were rounded to these tokens, see [`bounded_values`]; a dimension
                 for each of the `levels`. Give it with all batches or with none.
-
-        Raises:
-            ValueError: if one is of another shape, dtype or range than said.
         """
         tokens = torch.as_tensor(indices).detach().cpu()
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -96,9 +91,6 @@ class CodebookUsage:
 
         Args:
             other ([`CodebookUsage`]): counts of the same codebook.
-
-        Raises:
-            ValueError: if it has another codebook.
         """
         if (self.codebook_size, self.levels) != (other.codebook_size, other.levels):
             raise ValueError(
@@ -122,14 +114,11 @@ class CodebookUsage:
             - with `bounded` values, `dimension_ks_distances` (`list[float]`): the largest distance in each dimension
               of the cumulative distribution of the values before rounding to that of the uniform distribution on
               [-1, 1], in [0, 1] and exact to 2**-16.
-
-        Raises:
-            ValueError: if no token was counted.
         """
         if not len(self._tokens):
             raise ValueError("There are no tokens: call `update` first.")
         entropy = _entropy_bits(self._counts)
-        result = {
+        result: dict[str, Any] = {
             "num_tokens": int(self._counts.sum()),
             "num_codes_used": len(self._tokens),
             "usage": len(self._tokens) / self.codebook_size,
@@ -137,7 +126,7 @@ class CodebookUsage:
             "perplexity": 2**entropy,
         }
         if self.levels is not None:
-            histograms = self._dimension_histograms()
+            histograms = self._dimension_histograms(self.levels)
             result["dimension_histograms"] = [histogram.tolist() for histogram in histograms]
             result["dimension_entropies_bits"] = [_entropy_bits(histogram) for histogram in histograms]
         if self._bins is not None:
@@ -174,9 +163,9 @@ class CodebookUsage:
         bins = ((bounded.float() + 1) * (NUM_BINS / 2)).long().clamp_(max=NUM_BINS - 1).transpose(0, 1).flatten(1)
         return np.stack([np.bincount(dimension, minlength=NUM_BINS) for dimension in bins.cpu().numpy()])
 
-    def _dimension_histograms(self) -> list[np.ndarray]:
+    def _dimension_histograms(self, levels: list[int]) -> list[np.ndarray]:
         histograms, remainder = [], self._tokens
-        for level in self.levels:
+        for level in levels:
             # Integers throughout: `np.bincount` would sum weights as floats.
             histogram = np.zeros(level, dtype=np.int64)
             np.add.at(histogram, remainder % level, self._counts)
@@ -187,20 +176,22 @@ class CodebookUsage:
 
 def bounded_values(quantizer: FiniteScalarQuantizer, latent: torch.Tensor) -> torch.Tensor:
     """
-    What a quantizer rounds: the latent after the bound, scaled to [-1, 1].
+    What a quantizer bins: the latent after the bound, scaled to [-1, 1].
 
     Args:
         quantizer ([`FiniteScalarQuantizer`]): with `d` channels.
         latent (`torch.Tensor` of shape `(batch, d, *spatial)`): its unbounded input.
 
     Returns:
-        `torch.Tensor` of shape `(batch, d, *spatial)`, float32: values in [-1, 1]. For odd numbers of levels they are
-        `2 * sigmoid(alpha * latent) - 1`; for even ones the centre of the shifted range is moved to 0.
+        `torch.Tensor` of shape `(batch, d, *spatial)`, float32: values in [-1, 1], those of the bound itself; for even
+        numbers of levels that are rounded, the centre of their shifted range is moved to 0.
     """
-    levels = torch.tensor(quantizer.levels, device=latent.device).view(-1, *[1] * (latent.ndim - 2))
-    # For even numbers the range of the bound is shifted by half a level and stretched by a thousandth.
-    centred = quantizer.bound(latent) + (levels % 2 == 0) / 2
-    return (centred / ((levels - 1) / 2)).clamp(-1, 1)
+    bounded = quantizer.bounded(latent)
+    if not quantizer.equal_bins:
+        levels = torch.tensor(quantizer.levels, device=latent.device).view(-1, *[1] * (latent.ndim - 2))
+        bounded = torch.where(levels % 2 == 0, (bounded * levels + 1) / (levels - 1), bounded)
+    # For even numbers of levels the bound is stretched by a thousandth.
+    return bounded.clamp(-1, 1)
 
 
 def _entropy_bits(counts: np.ndarray) -> float:

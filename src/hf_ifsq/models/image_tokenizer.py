@@ -3,18 +3,20 @@ What pipelines and training ask of an image tokenizer, answered alike by [`Autoe
 diffusers' [`~diffusers.VQModel`] and [`~diffusers.AutoencoderKL`].
 """
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .autoencoder_ifsq import AutoencoderIFSQ
+from .grid import as_grid
 from .loading import check_loading_info
 
 
@@ -29,15 +31,14 @@ class ImageTokenizer(nn.Module, ABC):
 
     Attributes:
         grid_size (`tuple[int, int]`): rows and columns of the codes of an image of the model's `sample_size`.
-        downsampling_factor (`int`): pixels a side of the square that a code stands for.
-        latent_channels (`int`): channels of the codes.
+        downsampling_factor (`int`): side in pixels of the square that a code stands for.
+        in_channels (`int`), latent_channels (`int`): channels of the images and of the codes.
         codebook_size (`int` or `None`): number of different tokens; `None` where codes are continuous.
         levels (`list[int]` or `None`): levels of each channel, of finite scalar quantization alone.
-
-    Raises:
-        ValueError: if the model's `sample_size` is no multiple of the downsampling factor.
+        scaling_factor (`float`): what a diffusion model multiplies codes by.
     """
 
+    latent_channels: int
     codebook_size: int | None = None
     levels: list[int] | None = None
 
@@ -47,19 +48,13 @@ class ImageTokenizer(nn.Module, ABC):
         self.in_channels: int = model.config.in_channels
         self.scaling_factor: float = model.config.scaling_factor
         self.downsampling_factor = 2 ** (len(model.config.block_out_channels) - 1)
-        size = model.config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        if any(side % self.downsampling_factor for side in size):
+        height, width = as_grid(model.config.sample_size)
+        if height % self.downsampling_factor or width % self.downsampling_factor:
             raise ValueError(
                 f"The `sample_size` of the tokenizer must be a multiple of its downsampling factor "
-                f"{self.downsampling_factor}, got {size}."
+                f"{self.downsampling_factor}, got {(height, width)}."
             )
-        self.grid_size = tuple(side // self.downsampling_factor for side in size)
-
-    @property
-    @abstractmethod
-    def latent_channels(self) -> int:
-        """Channels of the codes."""
+        self.grid_size = (height // self.downsampling_factor, width // self.downsampling_factor)
 
     @abstractmethod
     def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
@@ -78,7 +73,7 @@ class ImageTokenizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encode and decode images for training.
+        Encode and decode images for training. No value is read back from the device.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images in [-1, 1].
@@ -86,36 +81,30 @@ class ImageTokenizer(nn.Module, ABC):
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the reconstruction, and the loss of the bottleneck itself, a scalar:
             the commitment loss of a `VQModel`, the divergence from a standard normal distribution of an
-            `AutoencoderKL` in nats a value of the image, 0 for an `AutoencoderIFSQ`.
+            `AutoencoderKL` in nats per value of the image, 0 for an `AutoencoderIFSQ`.
         """
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Token ids of images.
+        Token ids of images, of a tokenizer with a codebook.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images in [-1, 1].
 
         Returns:
             `torch.Tensor` of shape `(batch, rows, columns)`, int64, in [0, codebook_size).
-
-        Raises:
-            ValueError: if the tokenizer has no codebook.
         """
         raise self._no_codebook()
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
         """
-        Codes of token ids.
+        Codes of token ids, of a tokenizer with a codebook.
 
         Args:
             indices (`torch.Tensor` of shape `(batch, rows, columns)`): integers in [0, codebook_size).
 
         Returns:
             `torch.Tensor` of shape `(batch, latent_channels, rows, columns)`, on the device of `indices`.
-
-        Raises:
-            ValueError: if the tokenizer has no codebook, or if an index is not in it.
         """
         raise self._no_codebook()
 
@@ -132,19 +121,11 @@ class ImageTokenizer(nn.Module, ABC):
         return values
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """
-        Decode codes.
-
-        Args:
-            codes (`torch.Tensor` of shape `(batch, latent_channels, rows, columns)`): values near codes.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, channels, height, width)`: images about in [-1, 1].
-        """
+        """Images `(batch, channels, height, width)`, about in [-1, 1], of codes or of values near codes."""
         return self.model.decode(codes.to(self.model.dtype)).sample
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """Decode token ids of shape `(batch, rows, columns)`; as `decode_codes` of `indices_to_codes`."""
+        """Images `(batch, channels, height, width)`, about in [-1, 1], of token ids `(batch, rows, columns)`."""
         return self.decode_codes(self.indices_to_codes(indices))
 
     def codes_to_latents(self, codes: torch.Tensor) -> torch.Tensor:
@@ -155,23 +136,17 @@ class ImageTokenizer(nn.Module, ABC):
         """The inverse of `codes_to_latents`."""
         return latents / self.scaling_factor
 
-    def describe(self) -> dict[str, Any]:
-        """
-        What makes its codes those of this tokenizer and of no other: class, shape of the codes, slope of the
-        quantizer's bound, and a SHA-256 of the weights, which must not be on the meta device.
-        """
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return {
-            "class": type(self.model).__name__,
-            "codebook_size": self.codebook_size,
-            "levels": self.levels,
-            "alpha": self.model.config.get("alpha"),
-            "grid_size": list(self.grid_size),
-            "weights_sha256": digest.hexdigest(),
-        }
+    def require_codebook(self) -> int:
+        """The number of different tokens; an error if the codes are continuous."""
+        if self.codebook_size is None:
+            raise self._no_codebook()
+        return self.codebook_size
+
+    def _no_codebook(self) -> ValueError:
+        return ValueError(
+            f"`tokenizer` is an {type(self.model).__name__}, whose codes are continuous: it has no tokens. Use an "
+            "AutoencoderIFSQ or a VQModel."
+        )
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         """The checks that diffusers' own classes leave out."""
@@ -184,36 +159,13 @@ class ImageTokenizer(nn.Module, ABC):
         if not torch.isfinite(pixel_values).all():
             raise ValueError("`pixel_values` is not finite (NaN or infinity).")
 
-    def require_codebook(self) -> int:
-        """
-        Size of the codebook, for those who need one.
-
-        Returns:
-            `int`: number of different tokens.
-
-        Raises:
-            ValueError: if the codes are continuous.
-        """
-        if self.codebook_size is None:
-            raise self._no_codebook()
-        return self.codebook_size
-
-    def _no_codebook(self) -> ValueError:
-        return ValueError(
-            f"`tokenizer` is an {type(self.model).__name__}, whose codes are continuous: it has no tokens. Use an "
-            "AutoencoderIFSQ or a VQModel."
-        )
-
 
 class _IFSQTokenizer(ImageTokenizer):
     def __init__(self, model: AutoencoderIFSQ):
         super().__init__(model)
         self.codebook_size = model.codebook_size
-        self.levels = list(model.config.levels)
-
-    @property
-    def latent_channels(self) -> int:
-        return len(self.levels)
+        self.levels = model.quantizer.levels
+        self.latent_channels = len(self.levels)
 
     def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
         return self.model.encode(pixel_values).codes
@@ -225,7 +177,7 @@ class _IFSQTokenizer(ImageTokenizer):
         return self.model.quantizer.indices_to_codes(indices)
 
     def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
-        return self.model.nearest_codes(values)
+        return self.model.quantizer.nearest_codes(values)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sample = self.model(pixel_values).sample
@@ -235,13 +187,10 @@ class _IFSQTokenizer(ImageTokenizer):
 class _VQTokenizer(ImageTokenizer):
     def __init__(self, model: VQModel):
         super().__init__(model)
-        self.codebook_size = model.config.num_vq_embeddings
-        if model.config.lookup_from_codebook:
+        self.codebook_size = self.model.config.num_vq_embeddings
+        self.latent_channels = self.model.quantize.vq_embed_dim
+        if self.model.config.lookup_from_codebook:
             raise ValueError("`tokenizer` is a VQModel with `lookup_from_codebook=True`: load it with `False`.")
-
-    @property
-    def latent_channels(self) -> int:
-        return self.model.quantize.vq_embed_dim
 
     def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
         return self.indices_to_codes(self.encode_indices(pixel_values))
@@ -251,7 +200,7 @@ class _VQTokenizer(ImageTokenizer):
         return self._nearest_indices(self.model.encode(pixel_values).latents)
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
-        if indices.numel() and (indices.min() < 0 or indices.max() >= self.codebook_size):
+        if indices.numel() and (indices.min() < 0 or indices.max() >= self.require_codebook()):
             raise ValueError(
                 f"`indices` must be in [0, {self.codebook_size}), the codebook, but they span "
                 f"[{indices.min().item()}, {indices.max().item()}]."
@@ -277,7 +226,7 @@ class _VQTokenizer(ImageTokenizer):
 
     def _nearest_indices(self, values: torch.Tensor) -> torch.Tensor:
         # As VQModel does it, but in float32 whatever its dtype.
-        codebook = self._look_up(torch.arange(self.codebook_size, device=values.device)).float()
+        codebook = self._look_up(torch.arange(self.require_codebook(), device=values.device)).float()
         distances = torch.cdist(values.movedim(1, -1).flatten(0, -2).float(), codebook)
         return distances.argmin(dim=1).view(values.shape[0], *values.shape[2:])
 
@@ -285,11 +234,8 @@ class _VQTokenizer(ImageTokenizer):
 class _KLTokenizer(ImageTokenizer):
     def __init__(self, model: AutoencoderKL):
         super().__init__(model)
-        self.shift_factor = model.config.shift_factor or 0.0
-
-    @property
-    def latent_channels(self) -> int:
-        return self.model.config.latent_channels
+        self.latent_channels = self.model.config.latent_channels
+        self.shift_factor = self.model.config.shift_factor or 0.0
 
     def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
         self._check_pixel_values(pixel_values)
@@ -309,113 +255,36 @@ class _KLTokenizer(ImageTokenizer):
         return self.model.decode(posterior.sample()).sample, divergence
 
 
-# Slope of the bound of finite scalar quantization, where no other is given.
-_ALPHAS = {"ifsq": 1.6, "fsq": 2.0}
-BOTTLENECKS = (*_ALPHAS, "vq", "kl")
-
-_ADAPTERS: dict[type[ModelMixin], type[ImageTokenizer]] = {
-    AutoencoderIFSQ: _IFSQTokenizer,
-    VQModel: _VQTokenizer,
-    AutoencoderKL: _KLTokenizer,
-}
+_VIEWS = {AutoencoderIFSQ: _IFSQTokenizer, VQModel: _VQTokenizer, AutoencoderKL: _KLTokenizer}
 
 
 def as_image_tokenizer(model: ModelMixin) -> ImageTokenizer:
-    """
-    The common view of a tokenizer model.
-
-    Args:
-        model ([`AutoencoderIFSQ`], [`~diffusers.VQModel`] or [`~diffusers.AutoencoderKL`]): the tokenizer.
-
-    Returns:
-        [`ImageTokenizer`].
-
-    Raises:
-        ValueError: if the model is of another class.
-    """
-    for model_class, adapter in _ADAPTERS.items():
+    """The common view of an [`AutoencoderIFSQ`], a [`~diffusers.VQModel`] or an [`~diffusers.AutoencoderKL`]."""
+    for model_class, view in _VIEWS.items():
         if isinstance(model, model_class):
-            return adapter(model)
-    names = [model_class.__name__ for model_class in _ADAPTERS]
+            return view(model)
+    names = [model_class.__name__ for model_class in _VIEWS]
     raise ValueError(f"`tokenizer` must be one of {names}, got {type(model).__name__}.")
 
 
-def make_image_tokenizer(
-    bottleneck: str,
-    channels: int,
-    block_out_channels: Sequence[int],
-    layers_per_block: int,
-    sample_size: int,
-    levels: Sequence[int],
-    alpha: float | None,
-    latent_channels: int,
-    codebook_size: int,
-) -> ModelMixin:
-    """
-    A new tokenizer with the bottleneck of choice between an encoder and a decoder that are the same for all.
-
-    Args:
-        bottleneck (`str`):
-            `"ifsq"` or `"fsq"` for an [`AutoencoderIFSQ`], `"vq"` for a [`~diffusers.VQModel`] or `"kl"` for an
-            [`~diffusers.AutoencoderKL`].
-        channels (`int`): channels of the images, 1 or 3.
-        block_out_channels (`list[int]`): widths of the resolutions; all but the last halve the resolution.
-        layers_per_block (`int`): residual blocks at each resolution.
-        sample_size (`int`): side of the images in pixels.
-        levels (`list[int]`): levels of each channel of `"ifsq"` and `"fsq"`.
-        alpha (`float` or `None`): slope of the bound of `"ifsq"`; `None` for 1.6.
-        latent_channels (`int`): channels of the codes of `"vq"` and `"kl"`.
-        codebook_size (`int`): entries of the codebook of `"vq"`.
-
-    Returns:
-        [`AutoencoderIFSQ`], [`~diffusers.VQModel`] or [`~diffusers.AutoencoderKL`].
-
-    Raises:
-        ValueError: if `bottleneck` is another, or if `alpha` is given for one that has none to choose.
-    """
-    if bottleneck not in BOTTLENECKS:
-        raise ValueError(f"`bottleneck` must be one of {BOTTLENECKS}, got {bottleneck!r}.")
-    if alpha is not None and bottleneck != "ifsq":
-        raise ValueError(f"`alpha` can be chosen for the bottleneck 'ifsq' alone, got {alpha} with {bottleneck!r}.")
-    common = {
-        "in_channels": channels,
-        "out_channels": channels,
-        "block_out_channels": tuple(block_out_channels),
-        "layers_per_block": layers_per_block,
-        "sample_size": sample_size,
-        "scaling_factor": 1.0,
-    }
-    if bottleneck in _ALPHAS:
-        return AutoencoderIFSQ(**common, levels=tuple(levels), alpha=_ALPHAS[bottleneck] if alpha is None else alpha)
-    blocks = {
-        "down_block_types": ("DownEncoderBlock2D",) * len(block_out_channels),
-        "up_block_types": ("UpDecoderBlock2D",) * len(block_out_channels),
-        "mid_block_add_attention": False,
-        "latent_channels": latent_channels,
-    }
-    if bottleneck == "vq":
-        return VQModel(**common, **blocks, num_vq_embeddings=codebook_size)
-    return AutoencoderKL(**common, **blocks)
-
-
-def load_image_tokenizer(name_or_path: str, sample_size: int | None = None, **kwargs: Any) -> ImageTokenizer:
+def load_image_tokenizer(
+    name_or_path: str | PathLike[str], sample_size: int | Sequence[int] | None = None, **kwargs: Any
+) -> ImageTokenizer:
     """
     Load a tokenizer of any of the classes, as its config names it, in evaluation mode and without gradients.
 
     Args:
-        name_or_path (`str`): a folder or a name on the Hub.
-        sample_size (`int`, *optional*): side in pixels of the images, if other than the config says.
+        name_or_path (`str` or `os.PathLike`): a folder or a name on the Hub.
+        sample_size (`int` or `Sequence[int]`, *optional*):
+            height and width in pixels of the images, if other than the config says.
         kwargs: further arguments of `from_pretrained`, such as `revision`.
 
     Returns:
         [`ImageTokenizer`], whose `model` is the tokenizer.
-
-    Raises:
-        ValueError: if the config names another class, or if the weights do not fit it.
     """
     hub_options = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
     class_name = AutoencoderIFSQ.load_config(name_or_path, **hub_options).get("_class_name")
-    classes = {model_class.__name__: model_class for model_class in _ADAPTERS}
+    classes = {model_class.__name__: model_class for model_class in _VIEWS}
     if class_name not in classes:
         raise ValueError(f"The tokenizer {name_or_path!r} must be one of {list(classes)}, got {class_name}.")
     if sample_size is not None:
