@@ -1,17 +1,17 @@
 """
-Compare bottlenecks under one encoder and decoder: iFSQ, FSQ, VQ and KL tokenizers of the same size, trained for the
-same steps on the same images in the same order.
+Compare bottlenecks under one encoder and decoder: iFSQ, FSQ, FSP, VQ and KL tokenizers of the same size, trained for
+the same steps on the same images in the same order.
 
     python examples/research/compare_tokenizers.py --dataset_name DATASET
 
-It trains iFSQ and FSQ at several bits a dimension, with several seeds each, and writes a table, pictures and
-`results.json` to `output_dir`. A model that is already there is not trained again.
+It trains the scalar quantizers at several bits per dimension, with several seeds each, and writes a table, pictures
+and `results.json` to `output_dir`. A model that is already there is not trained again.
 """
 
 import json
 import math
-import multiprocessing
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,36 +21,36 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-import train_tokenizer
-from diffusers import ModelMixin
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from hf_ifsq import FiniteScalarQuantizer
-from hf_ifsq.metrics.codebook import CodebookUsage
+from hf_ifsq.metrics.codebook import CodebookUsage, bounded_values
 from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
-from hf_ifsq.models.image_tokenizer import ImageTokenizer, as_image_tokenizer, load_image_tokenizer
-from hf_ifsq.training.arguments import argument, parse_args
-from hf_ifsq.training.data import ImageDataset, load_image_dataset
+from hf_ifsq.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
+from hf_ifsq.training.arguments import argument
+from hf_ifsq.training.data import ImageDataset, ImageTransform, draw, load_image_dataset
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
+TRAINING_SCRIPT = Path(__file__).parents[1] / "train_tokenizer.py"
+
+
 @dataclass
 class ComparisonArguments:
-    """What is trained; the defaults take about two minutes a model on one CPU core."""
+    """What is trained; the defaults take about two minutes per model on one CPU core."""
 
     dataset_name: str = field(metadata={"help": "Images with a validation or test split, as for the training script."})
     output_dir: Path = argument(Path("outputs/compare_tokenizers"), "Folder of the results.")
-    bits: list[int] = argument([2, 3, 4, 5], "Bits a dimension: 2**bits + 1 levels.")
-    seeds: list[int] = argument([0, 1, 2], "One model of each kind a seed.")
+    bits: list[int] = argument([2, 3, 4, 5], "Bits per dimension: 2**bits + 1 levels.")
+    seeds: list[int] = argument([0, 1, 2], "One model of each kind per seed.")
     resolution: int = argument(32, "Side of the images in pixels.")
     block_out_channels: list[int] = argument([32, 32, 64], "Widths of the resolutions of every model.")
     layers_per_block: int = argument(1, "Residual blocks at each resolution.")
     latent_channels: int = argument(4, "Dimensions of the codes of every model.")
-    train_batch_size: int = argument(16, "Images a step.")
+    train_batch_size: int = argument(16, "Images per step.")
     max_train_steps: int = argument(500, "Steps of every model.")
     learning_rate: float = argument(2e-3, "Learning rate, with warmup and cosine schedule.")
     max_validation_samples: int = argument(1000, "Images that the models are measured on.")
@@ -64,44 +64,33 @@ class Kind:
     name: str
     options: tuple[str, ...]
     bits: int | None = None
-    equal_bins: bool = False
-
-
-class EqualBinsQuantizer(FiniteScalarQuantizer):
-    """
-    Finite scalar quantization into bins of equal width, for odd numbers of levels: scaled by L/2 instead of (L-1)/2
-    before rounding, so that the two outermost bins are no longer half as wide as the others.
-    """
-
-    def bound(self, z: torch.Tensor) -> torch.Tensor:
-        """As that of the base class, within (-L/2, L/2)."""
-        levels = self._channelwise(self._levels, z.ndim)
-        # Just below L/2, which would be rounded out of the range of the digits.
-        return super().bound(z) * (levels / (levels - 1) * (1 - 1e-6))
 
 
 def kinds(args: ComparisonArguments) -> list[Kind]:
     """All kinds that are compared."""
+    scalar = {
+        "ifsq": (),
+        "fsq": ("--bottleneck", "fsq"),
+        "equal_bins": ("--equal_bins",),
+        "fsp": ("--bound", "normal", "--equal_bins", "--noise_prob", "1.0"),
+        "alpha1.702": ("--alpha", "1.702"),
+    }
     found = []
     for bits in args.bits:
         levels = ("--levels", *[str(2**bits + 1)] * args.latent_channels)
-        found.append(Kind(f"ifsq_{bits}bit", ("--bottleneck", "ifsq", *levels), bits))
-        found.append(Kind(f"fsq_{bits}bit", ("--bottleneck", "fsq", *levels), bits))
-        found.append(Kind(f"equal_bins_{bits}bit", ("--bottleneck", "ifsq", *levels), bits, equal_bins=True))
-        if bits == 4:
-            found.append(Kind(f"alpha1.702_{bits}bit", ("--bottleneck", "ifsq", "--alpha", "1.702", *levels), bits))
+        found += [
+            Kind(f"{name}_{bits}bit", (*options, *levels), bits)
+            for name, options in scalar.items()
+            if name != "alpha1.702" or bits == 4
+        ]
     latent_channels = ("--latent_channels", str(args.latent_channels))
-    return [
-        *found,
-        Kind("vq", ("--bottleneck", "vq", *latent_channels)),
-        Kind("kl", ("--bottleneck", "kl", *latent_channels)),
-    ]
+    return [*found, *[Kind(name, ("--bottleneck", name, *latent_channels)) for name in ("vq", "kl")]]
 
 
 def main(args: ComparisonArguments) -> None:
     runs = [(kind, seed) for seed in args.seeds for kind in kinds(args)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda run: train_in_process(args, *run), runs))
+        list(pool.map(lambda run: train(args, *run), runs))
     images = load_images(args)
     results = [measure(args, kind, seed, images) for kind, seed in tqdm(runs, desc="Measuring")]
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -115,22 +104,10 @@ def folder_of(args: ComparisonArguments, kind: Kind, seed: int) -> Path:
     return args.output_dir / f"{kind.name}_seed{seed}"
 
 
-def train_in_process(args: ComparisonArguments, kind: Kind, seed: int) -> None:
+def train(args: ComparisonArguments, kind: Kind, seed: int) -> None:
     """Train one model in a process of its own, which has its share of the cores."""
     if (folder_of(args, kind, seed) / "README.md").is_file():
         return
-    process = multiprocessing.get_context("spawn").Process(target=train, args=(args, kind, seed))
-    process.start()
-    process.join()
-    if process.exitcode != 0:
-        raise RuntimeError(f"Training {kind.name} with seed {seed} failed with exit code {process.exitcode}.")
-
-
-def train(args: ComparisonArguments, kind: Kind, seed: int) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.jobs))
-    if kind.equal_bins:
-        make = train_tokenizer.make_image_tokenizer
-        train_tokenizer.make_image_tokenizer = lambda *args, **kwargs: with_equal_bins(make(*args, **kwargs))
     options = {
         "dataset_name": args.dataset_name,
         "output_dir": folder_of(args, kind, seed),
@@ -149,33 +126,22 @@ def train(args: ComparisonArguments, kind: Kind, seed: int) -> None:
     }
     argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     argv += ["--random_flip", "--use_ema", "--block_out_channels", *map(str, args.block_out_channels), *kind.options]
-    # The model card states the command: here it is one that trains the same model.
-    sys.argv = ["examples/train_tokenizer.py", *argv]
-    train_tokenizer.main(parse_args(train_tokenizer.TokenizerTrainingArguments, argv))
-
-
-def with_equal_bins(model: ModelMixin) -> ModelMixin:
-    model.quantizer = EqualBinsQuantizer(model.quantizer.levels, model.quantizer.alpha)
-    return model
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    subprocess.run([sys.executable, str(TRAINING_SCRIPT), *argv], check=True, env=environment)
 
 
 def load_images(args: ComparisonArguments) -> torch.Tensor:
     """The validation images, `(count, 3, resolution, resolution)` in [-1, 1]."""
-    data_args = train_tokenizer.TokenizerTrainingArguments(
-        dataset_name=args.dataset_name,
-        resolution=args.resolution,
-        max_validation_samples=args.max_validation_samples,
-    )
-    _, validation_images = load_image_dataset(data_args)
-    if validation_images is None:
+    _, rows = load_image_dataset(args.dataset_name)
+    if rows is None:
         raise ValueError(f"`dataset_name` {args.dataset_name!r} must have a validation or test split.")
-    data = ImageDataset(validation_images, data_args, channels=3, with_labels=False)
+    data = ImageDataset(draw(rows, args.max_validation_samples, seed=0), ImageTransform(args.resolution))
     return torch.stack([data[index]["pixel_values"] for index in range(len(data))])
 
 
 def load(args: ComparisonArguments, kind: Kind, seed: int) -> ImageTokenizer:
-    tokenizer = load_image_tokenizer(str(folder_of(args, kind, seed)))
-    return as_image_tokenizer(with_equal_bins(tokenizer.model)) if kind.equal_bins else tokenizer
+    return load_image_tokenizer(str(folder_of(args, kind, seed)))
 
 
 @torch.no_grad()
@@ -188,10 +154,9 @@ def measure(args: ComparisonArguments, kind: Kind, seed: int, images: torch.Tens
     psnr, ssim = [], []
     for batch in images.split(100):
         if tokenizer.levels is not None:
-            latent = tokenizer.model.quant_conv(tokenizer.model.encoder(batch))
-            codes, indices = tokenizer.model.quantizer(latent)
-            # The bound is the same with bins of equal width.
-            usage.update(indices, bounded=2 * torch.sigmoid(tokenizer.model.config.alpha * latent) - 1)
+            encoded = tokenizer.model.encode(batch)
+            codes = encoded.codes
+            usage.update(encoded.indices, bounded_values(tokenizer.model.quantizer, encoded.unquantized))
         elif usage is not None:
             indices = tokenizer.encode_indices(batch)
             codes = tokenizer.indices_to_codes(indices)
@@ -214,7 +179,7 @@ def measure(args: ComparisonArguments, kind: Kind, seed: int, images: torch.Tens
 
 
 def values_of(results: list[dict[str, Any]], kind: Kind, name: str) -> np.ndarray:
-    """One value a seed; empty for a kind that has no such value."""
+    """One value per seed; empty for a kind that has no such value."""
     return np.array([result[name] for result in results if result["kind"] == kind.name and name in result])
 
 
@@ -228,7 +193,7 @@ def mean_and_spread(values: np.ndarray, digits: int, sign: str = "") -> str:
 def table_of_kinds(args: ComparisonArguments, results: list[dict[str, Any]]) -> str:
     """Means over the seeds, and standard deviations: share of the codes that occur, entropies in bits."""
     rows = [
-        "| tokenizer | PSNR, dB | SSIM | codes used | bits a token | bits a dimension | of at most | KS distance |"
+        "| tokenizer | PSNR, dB | SSIM | codes used | bits per token | bits per dimension | of at most | KS distance |"
     ]
     rows.append("|---|---|---|---|---|---|---|---|")
     for kind in kinds(args):
@@ -250,10 +215,10 @@ def table_of_kinds(args: ComparisonArguments, results: list[dict[str, Any]]) -> 
 
 def table_of_differences(args: ComparisonArguments, results: list[dict[str, Any]]) -> str:
     """Differences between two kinds that were trained with the same seeds, with the spread of the difference."""
-    rows = ["| difference | PSNR, dB | SSIM | entropy, bits a dimension | KS distance |", "|---|---|---|---|---|"]
+    rows = ["| difference | PSNR, dB | SSIM | entropy, bits per dimension | KS distance |", "|---|---|---|---|---|"]
     by_name = {kind.name: kind for kind in kinds(args)}
     for bits in args.bits:
-        for one, other in (("ifsq", "fsq"), ("equal_bins", "ifsq"), ("alpha1.702", "ifsq")):
+        for one, other in (("ifsq", "fsq"), ("equal_bins", "ifsq"), ("fsp", "ifsq"), ("alpha1.702", "ifsq")):
             pair = [by_name.get(f"{name}_{bits}bit") for name in (one, other)]
             if None in pair:
                 continue
@@ -266,24 +231,24 @@ def table_of_differences(args: ComparisonArguments, results: list[dict[str, Any]
 
 
 def plot_results(args: ComparisonArguments, results: list[dict[str, Any]]) -> None:
-    """PSNR, share of the possible entropy and uniformity against the bits a dimension."""
+    """PSNR, share of the possible entropy and uniformity against the bits per dimension."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     titles = {"psnr_db": "PSNR, dB", "entropy_bits": "entropy, share of the possible", "ks_distance": "KS distance"}
     for axis, (name, title) in zip(axes, titles.items()):
-        for number, family in enumerate(("ifsq", "fsq", "equal_bins", "alpha1.702")):
+        for number, family in enumerate(("ifsq", "fsq", "equal_bins", "fsp", "alpha1.702")):
             found = [kind for kind in kinds(args) if kind.name.startswith(f"{family}_")]
             values = [values_of(results, kind, name) for kind in found]
             if name == "entropy_bits":
                 values = [value / math.log2(2**kind.bits + 1) for kind, value in zip(found, values)]
             # Side by side, so that the error bars can be told apart.
-            places = [kind.bits + 0.06 * (number - 1.5) for kind in found]
+            places = [kind.bits + 0.06 * (number - 2) for kind in found]
             spreads = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
             axis.errorbar(places, [value.mean() for value in values], spreads, fmt="o-", capsize=3, label=family)
         for name_of_baseline, style in (("vq", "--"), ("kl", ":")):
             values = values_of(results, Kind(name_of_baseline, ()), name)
             if len(values):
                 axis.axhline(values.mean(), color="gray", linestyle=style, label=name_of_baseline)
-        axis.set(title=title, xlabel="bits a dimension", xticks=args.bits)
+        axis.set(title=title, xlabel="bits per dimension", xticks=args.bits)
     axes[0].legend(fontsize=8)
     figure.savefig(args.output_dir / "comparison.png", dpi=80)
     plt.close(figure)

@@ -288,7 +288,7 @@ class FiniteScalarQuantizer(nn.Module):
         return torch.where(torch.rand_like(values) >= 1 - self.noise_prob, noisy, codes)
 
     def _per_channel(self, constants: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-        """Constants that broadcast to float32 values of the shape and device of `like`: one number if all are equal."""
+        """Constants to be broadcast to float32 values of the shape and device of `like`; one number if all are equal."""
         if len(set(constants)) == 1:
             return like.new_full((), constants[0], dtype=torch.float32)
         # Filled where the values are: a device would have to wait for a copy from the host.
