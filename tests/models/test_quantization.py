@@ -202,18 +202,16 @@ def test_noise_stays_within_the_bounds_and_half_a_bin():
         assert noise[inner].mean() == pytest.approx(0, abs=0.01)
 
 
-def test_two_levels_of_a_gaussian():
-    # FSQ's own formula: half = 1/2 * 1.001, and the lower code takes what the bound maps below -1/2 + 1/2 = 0.
-    half = 0.5 * (1 + 1e-3)
-    for alpha in (1.6, 2.0):
-        shift = 2 * math.atanh(0.5 / half) / alpha
-        # round(half * b - 1/2) is -1 below -1/2, that is for b < 0.
-        share_above = 0.5 * math.erfc(-shift / math.sqrt(2))
-        if alpha == 1.6:
-            assert round(100 * share_above, 2) >= 99.98
-        z = torch.randn(1, 1, 200_000)
-        assert FiniteScalarQuantizer([2], alpha)(z)[1].float().mean() == pytest.approx(share_above, abs=1e-3)
-        assert FiniteScalarQuantizer([2], alpha, equal_bins=True)(z)[1].float().mean() == pytest.approx(0.5, abs=0.01)
+@pytest.mark.parametrize("alpha, percent", [(2.0, 99.993), (1.6, 99.9999)])
+def test_two_levels_of_a_gaussian(alpha, percent):
+    # FSQ's own formula: round(half * b - 1/2) is 0, not -1, for b = 2 * sigmoid(alpha * (z + shift)) - 1 > 0.
+    half = (2 - 1) / 2 * (1 + 1e-3)
+    shift = 2 * math.atanh(0.5 / half) / alpha
+    share = 0.5 * math.erfc(-shift / math.sqrt(2))
+    assert 100 * share == pytest.approx(percent, abs=5e-4)
+    z = torch.randn(1, 1, 1_000_000)
+    assert FiniteScalarQuantizer([2], alpha)(z)[1].double().mean() == pytest.approx(share, abs=5e-5)
+    assert FiniteScalarQuantizer([2], alpha, equal_bins=True)(z)[1].double().mean() == pytest.approx(0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
