@@ -86,12 +86,7 @@ class CodebookUsage:
         self._add(batch_tokens, batch_counts, bins)
 
     def merge(self, other: "CodebookUsage") -> None:
-        """
-        Add the counts of another part of the data, such as that of another process.
-
-        Args:
-            other ([`CodebookUsage`]): counts of the same codebook.
-        """
+        """Add the counts of another part of the data, such as that of another process, of the same codebook."""
         if (self.codebook_size, self.levels) != (other.codebook_size, other.levels):
             raise ValueError(
                 f"`other` must count the same codebook of {self.codebook_size} codes and levels {self.levels}, got "
@@ -126,7 +121,11 @@ class CodebookUsage:
             "perplexity": 2**entropy,
         }
         if self.levels is not None:
-            histograms = self._dimension_histograms(self.levels)
+            steps = [math.prod(self.levels[:dimension]) for dimension in range(len(self.levels))]
+            histograms = [
+                _sum_by_place(self._tokens // step % level, self._counts, level)
+                for step, level in zip(steps, self.levels)
+            ]
             result["dimension_histograms"] = [histogram.tolist() for histogram in histograms]
             result["dimension_entropies_bits"] = [_entropy_bits(histogram) for histogram in histograms]
         if self._bins is not None:
@@ -136,15 +135,15 @@ class CodebookUsage:
         return result
 
     def _add(self, tokens: np.ndarray, counts: np.ndarray, bins: np.ndarray | None) -> None:
-        if len(tokens):
-            if len(self._tokens) and (bins is None) != (self._bins is None):
-                raise ValueError("`bounded` must be given with all tokens or with none.")
-            all_tokens = np.concatenate([self._tokens, tokens])
-            self._tokens, places = np.unique(all_tokens, return_inverse=True)
-            all_counts, self._counts = np.concatenate([self._counts, counts]), np.zeros(len(self._tokens), np.int64)
-            np.add.at(self._counts, places, all_counts)
-            if bins is not None:
-                self._bins = bins if self._bins is None else self._bins + bins
+        if not len(tokens):
+            return
+        if len(self._tokens) and (bins is None) != (self._bins is None):
+            raise ValueError("`bounded` must be given with all tokens or with none.")
+        all_counts = np.concatenate([self._counts, counts])
+        self._tokens, places = np.unique(np.concatenate([self._tokens, tokens]), return_inverse=True)
+        self._counts = _sum_by_place(places, all_counts, len(self._tokens))
+        if bins is not None:
+            self._bins = bins if self._bins is None else self._bins + bins
 
     def _count_bins(self, bounded: torch.Tensor, num_tokens: int) -> np.ndarray:
         dimensions = len(self.levels or [])
@@ -162,16 +161,6 @@ class CodebookUsage:
             )
         bins = ((bounded.float() + 1) * (NUM_BINS / 2)).long().clamp_(max=NUM_BINS - 1).transpose(0, 1).flatten(1)
         return np.stack([np.bincount(dimension, minlength=NUM_BINS) for dimension in bins.cpu().numpy()])
-
-    def _dimension_histograms(self, levels: list[int]) -> list[np.ndarray]:
-        histograms, remainder = [], self._tokens
-        for level in levels:
-            # Integers throughout: `np.bincount` would sum weights as floats.
-            histogram = np.zeros(level, dtype=np.int64)
-            np.add.at(histogram, remainder % level, self._counts)
-            histograms.append(histogram)
-            remainder = remainder // level
-        return histograms
 
 
 def bounded_values(quantizer: FiniteScalarQuantizer, latent: torch.Tensor) -> torch.Tensor:
@@ -197,3 +186,10 @@ def bounded_values(quantizer: FiniteScalarQuantizer, latent: torch.Tensor) -> to
 def _entropy_bits(counts: np.ndarray) -> float:
     shares = counts[counts > 0] / counts.sum()
     return float(abs((shares * np.log2(shares)).sum()))
+
+
+def _sum_by_place(places: np.ndarray, counts: np.ndarray, num_places: int) -> np.ndarray:
+    # In integers: `np.bincount` would sum weights as floats.
+    sums = np.zeros(num_places, dtype=np.int64)
+    np.add.at(sums, places, counts)
+    return sums

@@ -71,13 +71,13 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`):
             levels of each of the `d` channels of the codes, see [`FiniteScalarQuantizer`].
         alpha (`float`, *optional*, defaults to 1.6): slope of the bound; 1.6 is iFSQ, 2.0 is FSQ's `tanh`.
-        bound (`str`, *optional*, defaults to `"sigmoid"`), equal_bins (`bool`, *optional*, defaults to `False`),
-        noise_prob (`float`, *optional*, defaults to 0.0):
-            further options of the [`FiniteScalarQuantizer`].
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 256):
             height and width in pixels of the images trained on, and of a tile.
         scaling_factor (`float`, *optional*, defaults to 1.0):
             what a diffusion model multiplies codes by: the inverse of their standard deviation over the training set.
+        bound (`str`, *optional*, defaults to `"sigmoid"`), equal_bins (`bool`, *optional*, defaults to `False`),
+        noise_prob (`float`, *optional*, defaults to 0.0):
+            options of the [`FiniteScalarQuantizer`].
 
     Example:
 
@@ -97,7 +97,6 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResnetBlock2D"]  # type: ignore[assignment]
-    _skip_layerwise_casting_patterns = ["quantizer"]  # type: ignore[assignment]
     _group_offload_block_modules = ["quant_conv", "post_quant_conv", "encoder", "decoder"]
 
     # Share of a tile that overlaps with the next one.
@@ -114,11 +113,11 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         z_channels: int | None = None,
         levels: tuple[int, ...] = (17, 17, 17, 17),
         alpha: float = 1.6,
+        sample_size: int | tuple[int, int] = 256,
+        scaling_factor: float = 1.0,
         bound: str = "sigmoid",
         equal_bins: bool = False,
         noise_prob: float = 0.0,
-        sample_size: int | tuple[int, int] = 256,
-        scaling_factor: float = 1.0,
     ):
         super().__init__()
         z_channels = len(levels) if z_channels is None else z_channels
@@ -208,16 +207,7 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
 
     @apply_forward_hook
     def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """
-        Decode token ids into images.
-
-        Args:
-            indices (`torch.Tensor` of shape `(batch, height / f, width / f)`): integers in [0, codebook_size).
-            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
-
-        Returns:
-            As [`AutoencoderIFSQ.decode`].
-        """
+        """Decode token ids `(batch, height / f, width / f)`, integers in [0, codebook_size), as `decode` codes."""
         if indices.ndim != 3:
             raise ValueError(f"`indices` must have shape (batch, height, width), got {tuple(indices.shape)}.")
         return self.decode(self.quantizer.indices_to_codes(indices, dtype=self.dtype), return_dict=return_dict)
@@ -226,16 +216,9 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         self, pixel_values: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderIFSQOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Encode and decode images; gradients pass straight through the rounding. No value is read back from the
-        device: what is not finite comes out as it is.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`): as in `encode`.
-            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
-
-        Returns:
-            [`AutoencoderIFSQOutput`] or `tuple`: `sample`, `codes` and `indices`.
-        """
+        Encode and decode images, as `encode` takes them, into `sample`, `codes` and `indices`; gradients pass straight
+        through the rounding. No value is read back from the device: what is not finite comes out as it is.
+        """  # noqa: D205
         codes, indices = self.quantizer(self._encode(pixel_values))
         sample = self._decode(codes)
         if not return_dict:

@@ -59,24 +59,17 @@ class ImageTokenizer(nn.Module, ABC):
     @abstractmethod
     def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
         """
-        Codes of images.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images in [-1, 1].
-            sample_posterior (`bool`, *optional*, defaults to `False`):
-                whether to draw the codes of an `AutoencoderKL` from their distribution instead of taking its mode.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, latent_channels, rows, columns)`.
-        """
+        Codes of images `(batch, in_channels, height, width)` in [-1, 1]. With `sample_posterior`, those of an
+        `AutoencoderKL` are drawn from their distribution instead of being its mode.
+        """  # noqa: D205
 
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encode and decode images for training. No value is read back from the device.
+        Encode and decode images for training; no value is read back from the device.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images in [-1, 1].
+            pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`): images in [-1, 1].
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the reconstruction, and the loss of the bottleneck itself, a scalar:
@@ -85,39 +78,15 @@ class ImageTokenizer(nn.Module, ABC):
         """
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Token ids of images, of a tokenizer with a codebook.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, rows, columns)`, int64, in [0, codebook_size).
-        """
+        """Token ids `(batch, rows, columns)`, int64, of images `(batch, in_channels, height, width)` in [-1, 1]."""
         raise self._no_codebook()
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
-        """
-        Codes of token ids, of a tokenizer with a codebook.
-
-        Args:
-            indices (`torch.Tensor` of shape `(batch, rows, columns)`): integers in [0, codebook_size).
-
-        Returns:
-            `torch.Tensor` of shape `(batch, latent_channels, rows, columns)`, on the device of `indices`.
-        """
+        """Codes of token ids `(batch, rows, columns)`, integers in [0, codebook_size), on the device of these."""
         raise self._no_codebook()
 
     def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
-        """
-        The entries of the codebook that are nearest to any values; without a codebook, the values themselves.
-
-        Args:
-            values (`torch.Tensor` of shape `(batch, latent_channels, rows, columns)`): any values.
-
-        Returns:
-            `torch.Tensor` of the shape and dtype of `values`.
-        """
+        """The codes next to any values of their shape, in the dtype of these; without a codebook the values."""
         return values
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:

@@ -55,18 +55,15 @@ class FiniteScalarQuantizer(nn.Module):
 
     With `equal_bins`, (-1, 1) is cut into L bins of the same width, `digit = floor((b+1)/2 * L)`, for odd and even L
     alike. Codes are the centres of the bins, `(2 * digit + 1 - L) / L`; they are not stretched to -1 and 1.
-    `bound="normal", equal_bins=True, noise_prob=1.0` is finite scalar perturbation, FSP
-    (https://arxiv.org/abs/2602.17133).
+    `bound="normal", equal_bins=True, noise_prob=1.0` is finite scalar perturbation, FSP (https://arxiv.org/abs/2602.17133).
 
-    The gradient of the quantization is passed straight through. The index of a vector is its digits read in mixed
-    radix, the first channel least significant.
-
-    All arithmetic runs in float32 and int64, whatever autocast or the dtype of the model says; codes come back in the
-    dtype of the input. No table of the codebook is held, and no buffer: a model may be made on the meta device.
+    The gradient is passed straight through. The index of a vector is its digits read in mixed radix, the first channel
+    least significant. All arithmetic runs in float32 and int64, whatever autocast or the dtype of the model says;
+    codes come back in the dtype of the input. No table of the codebook is held.
 
     Args:
         levels (`list[int]`):
-            Number of levels of each channel, from 2 to 2**20 each, with a product of at most 2**63 - 1.
+            Number of levels of each of the `d` channels, from 2 to 2**20 each, with a product of at most 2**63 - 1.
         alpha (`float`, *optional*, defaults to 1.6):
             Slope of the bound `"sigmoid"`, positive. Other bounds have none.
         bound (`str`, *optional*, defaults to `"sigmoid"`):
@@ -128,22 +125,19 @@ class FiniteScalarQuantizer(nn.Module):
         self.equal_bins = equal_bins
         self.noise_prob = float(noise_prob)
 
-        # Constants of each channel. Buffers would be lost when a model is made on the meta device.
+        # Constants per channel, in lists: a buffer would be lost when a model is made on the meta device.
         # A code is (digit + offset) / scale, where `digit` is counted from L // 2.
         self._lowest = [-(level // 2) for level in levels]
         self._highest = [(level - 1) // 2 for level in levels]
         self._scale = [level / 2 if equal_bins else level // 2 for level in levels]
         self._offset = [0.5 if equal_bins and level % 2 == 0 else 0 for level in levels]
-        # FSQ's bound of an even number of levels: moved down by half a bin and stretched by 1e-3, and the latent
-        # shifted so that 0 still becomes 0. The cap acts above 900 levels, where 1e-3 would open one bin too many.
-        self._shifted = not equal_bins and any(level % 2 == 0 for level in levels)
-        half_bin = [0 if level % 2 else 1 / level for level in levels]
-        stretch = [0 if level % 2 else min(1e-3, 0.9 / (level - 1)) for level in levels]
-        self._centre = [-half for half in half_bin]
-        self._half_width = [(1 - half) * (1 + extra) for half, extra in zip(half_bin, stretch)]
-        self._shift = [
-            BOUNDS[bound].inverse(half / width, self.alpha) for half, width in zip(half_bin, self._half_width)
-        ]
+        # FSQ's bound of even levels: half a bin lower, and 0 stays 0. It is stretched by 1e-3; the cap acts above 900
+        # levels alone, where that would open one bin too many.
+        even = [level % 2 == 0 and not equal_bins for level in levels]
+        stretch = [1 + min(1e-3, 0.9 / (level - 1)) for level in levels]
+        self._centre = [-1 / level if shifted else 0 for level, shifted in zip(levels, even)]
+        self._width = [(1 + c) * more if shifted else 1 for c, more, shifted in zip(self._centre, stretch, even)]
+        self._shift = [BOUNDS[bound].inverse(-c / width, self.alpha) for c, width in zip(self._centre, self._width)]
 
     @property
     def codebook_size(self) -> int:
@@ -159,23 +153,15 @@ class FiniteScalarQuantizer(nn.Module):
 
     def bounded(self, z: torch.Tensor) -> torch.Tensor:
         """
-        Bound a latent to the range of the codes: `forward` takes the nearest code of what this returns.
-
-        Args:
-            z (`torch.Tensor` of shape `(batch, d, *spatial)`): unbounded latent.
-
-        Returns:
-            `torch.Tensor` of the shape of `z`, float32: values in (-1, 1); without `equal_bins`, those of an even
-            number of levels within half a bin around the codes {-1, ..., 1 - 2/L}.
-        """
+        Bound a latent `(batch, d, *spatial)` to the range of the codes: `forward` takes the code next to what this
+        returns, float32 values in (-1, 1), or for even levels without `equal_bins` within half a bin around the codes
+        {-1, ..., 1 - 2/L}.
+        """  # noqa: D205
         bound = BOUNDS[self.bound].function
-        z = z.float()
-        if not self._shifted:
-            return bound(z, self.alpha)
-        centre, half_width, shift = (
-            self._per_channel(constants, z) for constants in (self._centre, self._half_width, self._shift)
-        )
-        return bound(z + shift, self.alpha) * half_width + centre
+        if not any(self._centre):
+            return bound(z.float(), self.alpha)
+        centre, width, shift = (self._per_channel(values, z) for values in (self._centre, self._width, self._shift))
+        return bound(z.float() + shift, self.alpha) * width + centre
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -183,8 +169,7 @@ class FiniteScalarQuantizer(nn.Module):
 
         Args:
             z (`torch.Tensor` of shape `(batch, d, *spatial)`):
-                unbounded latent, `d = len(levels)`. A value that is not a number stays one in the codes; its index has
-                no meaning.
+                unbounded latent. What is not a number stays so in the codes; its index has no meaning.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the codes in [-1, 1], of the shape and dtype of `z`, and their
@@ -202,26 +187,12 @@ class FiniteScalarQuantizer(nn.Module):
         return codes.to(z.dtype), indices
 
     def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
-        """
-        Round values of any size to the nearest codes.
-
-        Args:
-            values (`torch.Tensor` of shape `(batch, d, *spatial)`): values in the range of codes or beyond.
-
-        Returns:
-            `torch.Tensor` of the shape and dtype of `values`: codes in [-1, 1].
-        """
+        """Codes next to values of any size `(batch, d, *spatial)`, of their shape and dtype."""
         self._check_channels(values, "values")
         return self._digits_to_codes(self._nearest_digits(values)).to(values.dtype)
 
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            codes (`torch.Tensor` of shape `(batch, d, *spatial)`): codes in [-1, 1], rounded to the nearest code.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, *spatial)`, int64: indices in [0, codebook_size).
-        """  # noqa: D205
+        """Indices `(batch, *spatial)`, int64, of codes `(batch, d, *spatial)`, which may be inexact by half a bin."""
         self._check_channels(codes, "codes")
         digits = self._nearest_digits(codes)
         half_bin = 0.5 / self._per_channel(self._scale, codes)
@@ -234,14 +205,7 @@ class FiniteScalarQuantizer(nn.Module):
         return self._digits_to_indices(digits)
 
     def indices_to_codes(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """
-        Args:
-            indices (`torch.Tensor` of shape `(batch, *spatial)`): integers in [0, codebook_size).
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): dtype of the codes.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, d, *spatial)`: codes in [-1, 1].
-        """  # noqa: D205
+        """Codes `(batch, d, *spatial)` in [-1, 1] of integers `(batch, *spatial)` in [0, codebook_size)."""
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise ValueError(f"`indices` must be integers, got a tensor of dtype {indices.dtype}.")
         checked = indices.numel() and not torch.compiler.is_compiling()
@@ -288,7 +252,7 @@ class FiniteScalarQuantizer(nn.Module):
         return torch.where(torch.rand_like(values) >= 1 - self.noise_prob, noisy, codes)
 
     def _per_channel(self, constants: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-        """Constants to be broadcast to float32 values of the shape and device of `like`; one number if all are equal."""
+        """Constants to broadcast to float32 values of the shape and device of `like`; one number if all are equal."""
         if len(set(constants)) == 1:
             return like.new_full((), constants[0], dtype=torch.float32)
         # Filled where the values are: a device would have to wait for a copy from the host.
