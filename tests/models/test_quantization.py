@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from vector_quantize_pytorch import FSP, FSQ
 
 from hf_ifsq import FiniteScalarQuantizer
+from hf_ifsq.models.quantization import BOUNDS
 
 
 GOLDENS = Path(__file__).parents[1] / "fixtures" / "quantizer"
@@ -21,8 +22,7 @@ GOLDEN_TENSORS = load_file(GOLDENS / "goldens.safetensors")
 ALPHAS = {"scale_sigmoid_16": 1.6, "scale_sigmoid_20": 2.0}
 
 OPTIONS = [
-    {},
-    {"bound": "normal"},
+    *({"bound": bound} for bound in BOUNDS),
     {"equal_bins": True},
     {"bound": "normal", "equal_bins": True, "noise_prob": 0.5},
 ]
@@ -61,6 +61,17 @@ def test_goldens_of_the_official_code(case):
     torch.testing.assert_close(z.grad, golden["grad_z"], atol=1e-6, rtol=0)
     assert torch.equal(quantizer.codes_to_indices(golden["out"]), golden["global_index"])
     torch.testing.assert_close(quantizer.indices_to_codes(golden["global_index"]), golden["out"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [1.6, 2.0])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_and_their_inverses(name, alpha):
+    bound, z = BOUNDS[name], torch.linspace(-3, 3, 61, dtype=torch.float64)
+    values = bound.function(z, alpha)
+    assert values.abs().max() < 1 and (values.diff() > 0).all()
+    torch.testing.assert_close(values, -values.flip(0))
+    assert [bound.inverse(value, alpha) for value in values.tolist()] == pytest.approx(z.tolist(), abs=1e-9)
+    assert bound.function(torch.tensor([-200.0, 200.0]), alpha).abs().max() <= 1
 
 
 @pytest.mark.parametrize("alpha", [1.6, 2.0, 0.7])
@@ -368,7 +379,7 @@ def test_bad_alpha(alpha):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"bound": "tanh"}, r"`bound` must be one of \['sigmoid', 'normal'\], got 'tanh'"),
+        ({"bound": "tanh"}, "`bound` must be one of .*'sigmoid'.*, got 'tanh'"),
         ({"bound": "normal", "alpha": 2.0}, "`alpha`.*'sigmoid' alone, got 2.0 with 'normal'"),
         ({"equal_bins": True, "noise_prob": 1.5}, "`noise_prob`.*got 1.5"),
         ({"equal_bins": True, "noise_prob": -0.1}, "`noise_prob`.*got -0.1"),

@@ -70,7 +70,7 @@ class CodebookUsage:
         Args:
             indices (`torch.Tensor` or `np.ndarray` of any shape): integers in [0, codebook_size).
             bounded (`torch.Tensor` of shape `(batch, dimensions, *spatial)`, *optional*):
-                floats in [-1, 1], the values that were rounded to these tokens, see [`bounded_values`]; a dimension
+                floats in [-1, 1], the values that were quantized to these tokens, see [`bounded_values`]; a dimension
                 for each of the `levels`. Give it with all batches or with none.
         """
         tokens = torch.as_tensor(indices).detach().cpu()
@@ -108,7 +108,7 @@ class CodebookUsage:
             - with `levels`, `dimension_histograms` (`list[list[int]]`): how often each level of each dimension
               occurs; and `dimension_entropies_bits` (`list[float]`), at most `log2(level)` each.
             - with `bounded` values, `dimension_ks_distances` (`list[float]`): the largest distance in each dimension
-              of the cumulative distribution of the values before rounding to that of the uniform distribution on
+              of the cumulative distribution of the bounded values to that of the uniform distribution on
               [-1, 1], in [0, 1] and exact to 2**-16.
         """
         if not len(self._tokens):
