@@ -35,8 +35,7 @@ def record_logits(model):
 
 def logits_of_forward(model, class_labels, indices):
     """Of each head at each token, in the order of decoding, by one forward pass over the whole sequences."""
-    logits = model(class_labels, indices).logits
-    logits = logits if isinstance(logits, tuple) else (logits,)
+    logits = model(class_labels, indices).logits.split(model.config.vocab_sizes, dim=-1)
     return [scores[:, token] for token in range(indices.shape[1]) for scores in logits]
 
 
