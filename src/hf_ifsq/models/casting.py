@@ -8,8 +8,8 @@ from torch import nn
 
 class CastingMixin(nn.Module):
     """
-    In front of [`~diffusers.ModelMixin`], which warns at each cast of modules to be kept in float32, also where a model
-    has none to list.
+    In front of [`~diffusers.ModelMixin`], which warns at each cast of modules to be kept in float32, also where there
+    are none to list.
     """
 
     def to(self, *args: Any, **kwargs: Any) -> Self:

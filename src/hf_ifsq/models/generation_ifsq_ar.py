@@ -156,7 +156,7 @@ class IFSQARGenerationMixin:
             self.decoders = self.decoders or self._new_decoders(self.device)
             dtype = self._decoding_dtype(self.device)
             for decoder in self.decoders:
-                decoder.to(self.device).setup(max_rows, self.config.num_attention_heads, dtype)
+                decoder.setup(max_rows, self.config.num_attention_heads, dtype, self.device)
 
     @torch.no_grad()
     @apply_forward_hook
@@ -292,12 +292,13 @@ class IFSQARGenerationMixin:
     def _decoders_for(self, rows: int, device: torch.device) -> tuple[Decoder, ...]:
         """Those of `setup_cache`, set up again if they do not fit; none without it."""
         if self.decoders:
-            memory = self.decoders[0].memory_0
+            memory = self.decoders[0].cache.memory[0]
             if memory.shape[1] < rows or (memory.dtype, memory.device) != (self._decoding_dtype(device), device):
-                # Twice as many at least: compilers make new code for each size of the memory.
-                self.setup_cache(1 << (rows - 1).bit_length())
+                self.setup_cache(rows)
             for decoder in self.decoders:
-                decoder.reset()
+                for memory in decoder.cache.memory:
+                    # NaN of an earlier call would spread through the mask.
+                    memory.zero_()
         return self.decoders
 
     def _check_generate_inputs(

@@ -133,76 +133,86 @@ def run_layers(
     return tuple(states)
 
 
+class KeyValueCache:
+    """
+    Keys and values of layers that run one position of a sequence at a time, in memory that is allocated once, as in
+    gpt-fast (https://github.com/pytorch-labs/gpt-fast).
+
+    Args:
+        length (`int`): positions that it holds.
+        device (`torch.device`): of `position`; the memory of a layer is on the layer's own.
+    """
+
+    def __init__(self, length: int, device: torch.device):
+        self.length = length
+        self.memory: list[torch.Tensor] = []
+        # Where is written, and how many positions are read.
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.readable = length
+
+    def allocate(self, like: torch.Tensor) -> None:
+        """The memory of the next layer, for keys of `(rows, heads, 1, head_dim)`, its dtype and its device."""
+        rows, num_heads, _, head_dim = like.shape
+        self.memory.append(like.new_zeros(2, rows, num_heads, self.length, head_dim))
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `(rows, heads, 1, head_dim)`, of the first rows or of all, and return what attention reads."""
+        if layer_idx == len(self.memory):
+            self.allocate(key)
+        keys, values = self.memory[layer_idx][:, : len(key)]
+        position = self.position.to(key.device)
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return keys[:, :, : self.readable], values[:, :, : self.readable]
+
+
 class Decoder(nn.Module):
     """
-    Layers that run one position of a sequence at a time, with the keys and values of the positions before it in memory
-    that is allocated once, as in gpt-fast (https://github.com/pytorch-labs/gpt-fast).
-
-    As it is made, attention reads what was written so far alone. After `setup` it reads the whole memory behind a
-    mask, and neither shapes nor addresses change: what compilers and CUDA graphs need.
+    Layers that run one position of a sequence at a time. As it is made, attention reads what was written so far alone.
+    After `setup` it reads the whole cache behind a mask, and neither shapes nor addresses change: what compilers and
+    CUDA graphs need.
 
     Args:
         layers (`torch.nn.ModuleList`): decoder layers, which stay the model's own.
         rotary (`tuple[torch.Tensor, torch.Tensor]`): cosines and sines of each position, `(length, head_dim)`.
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    position: torch.Tensor
-    mask: torch.Tensor | None
-
     def __init__(self, layers: nn.ModuleList, rotary: tuple[torch.Tensor, torch.Tensor]):
         super().__init__()
-        # Not registered: neither weights nor hooks are the decoder's.
+        # Neither weights nor buffers are registered: a decoder has none of its own.
         self.layers = tuple(layers)
-        for name, part in zip(("cos", "sin"), rotary, strict=True):
-            self.register_buffer(name, part, persistent=False)
-        self.register_buffer("position", torch.zeros(1, dtype=torch.long, device=self.cos.device), persistent=False)
-        self.register_buffer("mask", None, persistent=False)
-        self.readable = 0
+        self.cos, self.sin = rotary
+        self.cache = KeyValueCache(len(self.cos), self.cos.device)
+        self.mask: torch.Tensor | None = None
 
-    def setup(self, rows: int, num_heads: int, dtype: torch.dtype) -> None:
-        """Allocate the memory for all layers, each on its device, for `rows` rows at most."""
-        self.readable, head_dim = self.cos.shape
-        for layer_idx, layer in enumerate(self.layers):
-            device = next(layer.parameters()).device
-            self._allocate(layer_idx, torch.empty(rows, num_heads, 1, head_dim, dtype=dtype, device=device))
-        mask = torch.full((self.readable, self.readable), -torch.inf, dtype=dtype, device=self.cos.device)
-        self.mask = mask.triu(1)[None, None]
-
-    def reset(self) -> None:
-        """Forget what was written: behind a mask, NaN would still spread."""
-        for name, memory in self.named_buffers():
-            if name.startswith("memory"):
-                memory.zero_()
+    def setup(self, rows: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate the cache for `rows` rows at most, each layer's on its device."""
+        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        length, head_dim = self.cos.shape
+        self.cache = KeyValueCache(length, device)
+        for layer in self.layers:
+            layer_device = next(layer.parameters()).device
+            self.cache.allocate(torch.empty(rows, num_heads, 1, head_dim, dtype=dtype, device=layer_device))
+        for tensor in (self.cache.position, *self.cache.memory):
+            # CUDA graphs would not be recorded otherwise, since they change it.
+            torch._dynamo.mark_static_address(tensor)
+        self.mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)[None, None]
 
     def step(self, hidden_states: torch.Tensor, position: int) -> torch.Tensor:
         """Run `(rows, 1, hidden_size)` at a position through the layers, after all positions before it."""
-        self.position.fill_(position)
+        here = slice(position, position + 1)
+        self.cache.position.fill_(position)
         if self.mask is None:
-            self.readable = position + 1
-        return self(hidden_states)
+            self.cache.readable = position + 1
+        mask = None if self.mask is None else self.mask[:, :, here]
+        return self(hidden_states, (self.cos[here], self.sin[here]), mask, self.cache)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What is compiled: `(rows, 1, hidden_size)` to the same, at `position`."""
-        cos, sin = self.cos[self.position], self.sin[self.position]
-        mask = None if self.mask is None else self.mask[:, :, self.position]
-        return run_layers(self.layers, hidden_states, (cos, sin), mask, self)[-1]
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Write `(rows, heads, 1, head_dim)` at `position` and return what attention reads. Fewer rows than before are
-        the first of them.
-        """
-        if not hasattr(self, f"memory_{layer_idx}"):
-            self._allocate(layer_idx, key)
-        keys, values = getattr(self, f"memory_{layer_idx}")[:, : len(key)]
-        position = self.position.to(key.device)
-        keys.index_copy_(2, position, key)
-        values.index_copy_(2, position, value)
-        return keys[:, :, : self.readable], values[:, :, : self.readable]
-
-    def _allocate(self, layer_idx: int, like: torch.Tensor) -> None:
-        rows, num_heads, _, head_dim = like.shape
-        memory = like.new_zeros(2, rows, num_heads, len(self.cos), head_dim)
-        self.register_buffer(f"memory_{layer_idx}", memory, persistent=False)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: KeyValueCache,
+    ) -> torch.Tensor:
+        """What `compile` compiles: `(rows, 1, hidden_size)` to the same."""
+        return run_layers(self.layers, hidden_states, position_embeddings, attention_mask, cache)[-1]

@@ -12,13 +12,14 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    ImagePipelineOutput,
     SchedulerMixin,
     UniPCMultistepScheduler,
     VQModel,
 )
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
+from ..models.grid import as_grid
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
 from ..randomness import image_generators
 from .pipeline_utils import ClassConditionalPipeline
@@ -44,9 +45,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             in sigma = 1 - t to `shift * sigma / (1 + (shift - 1) * sigma)`. In t that is the same with `1 / shift`:
             above 1 there are more steps near the noise.
 
-    Raises:
-        ValueError: if model and tokenizer disagree on the codes or the grid, or if a weight is not finite.
-
     Example:
 
     ```py
@@ -64,8 +62,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         tokenizer: AutoencoderIFSQ | VQModel | AutoencoderKL,
         scheduler: SchedulerMixin,
     ):
-        super().__init__()
-        self._register(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
+        super().__init__(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
 
     def _check_match(self) -> None:
         transformer, tokenizer = self.transformer, self._image_tokenizer
@@ -82,8 +79,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                     f"`transformer` was trained on codes with the `{name}` {expected}, but `tokenizer` has {got}: use "
                     "the tokenizer that the model was trained with."
                 )
-        size = transformer.config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = as_grid(transformer.config.sample_size)
         if size != tokenizer.grid_size:
             raise ValueError(
                 f"`transformer` has a `sample_size` of {list(size)}, but `tokenizer` gives a grid of "
@@ -153,9 +149,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
-
-        Raises:
-            ValueError: if an argument is out of its range, or if the scheduler is not one for flow matching.
         """
         # 1. Check and prepare the inputs.
         self._check_inputs(num_inference_steps, guidance_scale, guidance_interval, output_type)
@@ -165,7 +158,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
         # 2. Follow the velocity from noise to latents and decode them.
         tokenizer = self._image_tokenizer
-        images = []
+        outputs = []
         with self.progress_bar(total=num_inference_steps * len(batches)) as progress_bar:
 
             def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -183,16 +176,12 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 if snap_to_codes:
                     codes = tokenizer.nearest_codes(codes)
                 if output_type == "latent":
-                    images.append(tokenizer.codes_to_latents(codes))
+                    outputs.append(tokenizer.codes_to_latents(codes))
                 else:
-                    images.append(tokenizer.decode_codes(codes))
+                    outputs.append(tokenizer.decode_codes(codes))
 
         # 3. Make pictures.
-        images = torch.cat(images)
-        if output_type != "latent":
-            images = self._postprocess(images, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._finish(outputs, output_type, return_dict)
 
     def _follow_velocity(
         self,
