@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModel, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache, Trainer, TrainingArguments
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARModel
 from hf_ifsq.models import modeling_ifsq_ar
@@ -602,3 +602,25 @@ def test_several_factors_need_factor_layers():
     with pytest.raises(StrictDataclassClassValidationError, match="`num_factor_layers` must be at least 1"):
         IFSQARConfig(vocab_sizes=[3, 4], num_factor_layers=0)
     assert IFSQARConfig(vocab_sizes=[12], num_factor_layers=0).num_factor_layers == 0
+
+
+def test_grid_size_may_be_the_side_of_a_square(make_ar, tmp_path):
+    model = make_ar(grid_size=3)
+    assert model.config.grid_size == [3, 3] and model.config.num_tokens == 9
+    class_labels, indices = random_inputs(model)
+    square = make_ar(grid_size=(3, 3))
+    square.load_state_dict(model.state_dict())
+    assert torch.equal(square(class_labels, indices).logits, model(class_labels, indices).logits)
+    model.save_pretrained(tmp_path)
+    assert IFSQARForImageGeneration.from_pretrained(tmp_path).config.grid_size == [3, 3]
+    assert IFSQARConfig.from_pretrained(tmp_path, grid_size=2).num_tokens == 4
+
+
+def test_what_a_trainer_takes_for_predictions(make_ar):
+    model = make_ar(vocab_sizes=[4, 3])
+    class_labels, indices = random_inputs(model)
+    data = [{"class_labels": label, "input_ids": row, "labels": row} for label, row in zip(class_labels, indices)]
+    arguments = TrainingArguments(use_cpu=True, report_to=[], disable_tqdm=True)
+    predictions = Trainer(model, arguments).predict(data).predictions
+    expected = model(class_labels, indices).logits.detach().numpy()
+    assert predictions.shape == (2, 12, 7) and abs(predictions - expected).max() < 1e-5

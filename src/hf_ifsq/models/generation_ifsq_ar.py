@@ -17,12 +17,14 @@ from transformers.generation import (
 )
 
 from ..randomness import image_generators
-from .configuration_ifsq_ar import IFSQARConfig
 from .layers_ifsq_ar import Decoder
 
 
 if TYPE_CHECKING:
-    from .modeling_ifsq_ar import IFSQARModel
+    from .modeling_ifsq_ar import IFSQARModel, IFSQARPreTrainedModel
+else:
+    # What is mixed in brings no base of its own.
+    IFSQARPreTrainedModel = object
 
 
 # Strength of guidance over the sequence: from progress in [0, 1] to a share of `guidance_scale - 1` in [0, 1].
@@ -122,14 +124,10 @@ class Sampling:
     uniforms: torch.Tensor
 
 
-class IFSQARGenerationMixin:
+class IFSQARGenerationMixin(IFSQARPreTrainedModel):
     """`generate` of [`~hf_ifsq.IFSQARForImageGeneration`]."""
 
     if TYPE_CHECKING:
-        config: IFSQARConfig
-        dtype: torch.dtype
-        device: torch.device
-        training: bool
         model: "IFSQARModel"
         factor_layers: nn.ModuleList
         norm: nn.RMSNorm
@@ -260,7 +258,7 @@ class IFSQARGenerationMixin:
                 if sampling is None:
                     factors.append(logits.argmax(dim=-1))
                 else:
-                    logits = sampling.processors[position](indices, logits)
+                    logits = sampling.processors[position](indices, logits)  # type: ignore[arg-type]
                     factors.append(sample_from_logits(logits, sampling.uniforms[:, step, position]))
                 if position + 1 < num_factors:
                     chosen = factors[-1].repeat(rows // batch)
@@ -300,6 +298,13 @@ class IFSQARGenerationMixin:
                     # NaN of an earlier call would spread through the mask.
                     memory.zero_()
         return self.decoders
+
+    def _check_class_labels(self, class_labels: torch.Tensor) -> None:
+        if class_labels.ndim != 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
+            raise ValueError(
+                f"`class_labels` must be one or more integers of shape (batch,), got {class_labels.dtype} of shape "
+                f"{tuple(class_labels.shape)}."
+            )
 
     def _check_generate_inputs(
         self,

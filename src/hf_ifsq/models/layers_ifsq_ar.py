@@ -1,11 +1,12 @@
 """The transformer layers of the AR model."""
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -57,7 +58,7 @@ class IFSQARAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | BlockMask | None,
         past_key_values: KeyValues | None,
     ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` to the same."""
@@ -78,8 +79,10 @@ class IFSQARMLP(nn.Module):
 
     def __init__(self, config: IFSQARConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        # The config has put a number where there was none.
+        intermediate_size = cast(int, config.intermediate_size)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., hidden_size)` to the same."""
@@ -102,7 +105,7 @@ class IFSQARDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
         past_key_values: KeyValues | None = None,
     ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` to the same."""
@@ -117,7 +120,7 @@ def run_layers(
     layers: Iterable[nn.Module],
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | BlockMask | None = None,
     past_key_values: KeyValues | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """What goes into layers one after another, `(batch, sequence, hidden_size)`, and the output of each."""

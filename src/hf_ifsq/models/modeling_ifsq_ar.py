@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -99,7 +100,7 @@ class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if any(module is head for head in getattr(self, "lm_heads", ())):
             # As in LlamaGen, training begins with uniform predictions.
-            initialization.zeros_(module.weight)
+            initialization.zeros_(module.get_parameter("weight"))
         else:
             super()._init_weights(module)
 
@@ -161,8 +162,8 @@ class IFSQARModel(IFSQARPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        class_labels: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -200,9 +201,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
             hidden_states=states if wants_states else None,
         )
 
-    def embed(
-        self, class_labels: torch.LongTensor | None = None, input_ids: torch.LongTensor | None = None
-    ) -> torch.Tensor:
+    def embed(self, class_labels: torch.Tensor | None = None, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Embeddings of the class, of tokens or of both, `(batch, positions, hidden_size)`; as in `forward`."""
         embeddings = []
         if class_labels is not None:
@@ -258,9 +257,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        class_labels: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -334,18 +333,14 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         ]
         if scores is None:
             inputs = zip(self.lm_heads, states, targets, strict=True)
-            return tuple(linear_cross_entropy(head, state.flatten(0, 1), target) for head, state, target in inputs)
+            return tuple(
+                linear_cross_entropy(cast(nn.Linear, head), state.flatten(0, 1), target)
+                for head, state, target in inputs
+            )
         return tuple(
             F.cross_entropy(factor.flatten(0, 1).float(), target)
             for factor, target in zip(scores, targets, strict=True)
         )
-
-    def _check_class_labels(self, class_labels: torch.Tensor) -> None:
-        if class_labels.ndim != 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
-            raise ValueError(
-                f"`class_labels` must be one or more integers of shape (batch,), got {class_labels.dtype} of shape "
-                f"{tuple(class_labels.shape)}."
-            )
 
     def _check_forward_inputs(
         self,

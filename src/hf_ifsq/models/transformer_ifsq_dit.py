@@ -169,8 +169,8 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, Co
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["IFSQDiTBlock"]  # type: ignore[assignment]
-    _repeated_blocks = ["IFSQDiTBlock"]  # type: ignore[assignment]
-    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
+    _repeated_blocks = ["IFSQDiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -258,7 +258,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, Co
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        class_labels: torch.LongTensor,
+        class_labels: torch.Tensor,
         output_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> IFSQDiTOutput | tuple[torch.Tensor, ...]:
@@ -322,11 +322,12 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, Co
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
         for weight in (self.class_embed.weight, self.time_embed.linear_1.weight, self.time_embed.linear_2.weight):
             nn.init.normal_(weight, std=0.02)
-        for module in (self.proj_out, self.modulation_out, *[block.modulation for block in self.blocks]):
-            nn.init.zeros_(module.weight)
+        modulations = [block.get_submodule("modulation") for block in self.blocks]
+        for layer in (self.proj_out, self.modulation_out, *modulations):
+            nn.init.zeros_(layer.get_parameter("weight"))
 
     def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
         channels, patch_size = self.in_channels, self.patch_size

@@ -164,4 +164,4 @@ class IFSQARPipeline(ClassConditionalPipeline):
 
 
 # `DiffusionPipeline.from_pretrained` looks up the class that a pipeline was saved from in diffusers itself.
-diffusers.IFSQARPipeline = IFSQARPipeline
+diffusers.IFSQARPipeline = IFSQARPipeline  # type: ignore[attr-defined]

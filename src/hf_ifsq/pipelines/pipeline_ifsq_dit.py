@@ -234,7 +234,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             )
         if isinstance(self.scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
             # It would go back to the latents before this step, to correct it, and so undo the change.
-            self.scheduler.last_sample = None
+            self.scheduler.last_sample = None  # type: ignore[attr-defined]
         return changed.to(latents)
 
     def _predict_velocity(
@@ -330,4 +330,4 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
 
 # `DiffusionPipeline.from_pretrained` looks up the class that a pipeline was saved from in diffusers itself.
-diffusers.IFSQDiTPipeline = IFSQDiTPipeline
+diffusers.IFSQDiTPipeline = IFSQDiTPipeline  # type: ignore[attr-defined]

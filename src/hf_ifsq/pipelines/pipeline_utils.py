@@ -29,7 +29,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
     names of the classes come from the `id2label` of the `transformer`'s config.
     """
 
-    model_cpu_offload_seq = "transformer->tokenizer"
+    model_cpu_offload_seq = "transformer->tokenizer"  # type: ignore[assignment]
 
     def __init__(self, **components: Any):
         super().__init__()
@@ -132,7 +132,8 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         if output_type != "latent":
             images = self.image_processor.postprocess(images.float(), output_type=output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        # diffusers says nothing of tensors, which its own pipelines give too.
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:
