@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from hf_ifsq import IFSQARPipeline
-from hf_ifsq.models.generation_ifsq_ar import guidance_scales
+from hf_ifsq.guidance import guidance_scales
 
 
 FACTORS = {1: [12], 2: [4, 3], 4: [2, 3, 2, 4]}

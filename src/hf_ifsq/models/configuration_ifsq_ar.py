@@ -97,25 +97,14 @@ class IFSQARConfig(PreTrainedConfig):
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "IFSQARConfig":
         """
-        The config of a model of a named size, as in LlamaGen (https://arxiv.org/abs/2406.06525, table 1).
-
-        Args:
-            size (`str`): `"S"`, `"B"`, `"L"`, `"XL"`, `"XXL"` or `"3B"`: about 21, 85, 308, 731, 1,359 and 2,989
-                million parameters in the layers; embeddings and heads come on top.
-            kwargs: further arguments of [`IFSQARConfig`], which override those of the size.
-
-        Returns:
-            [`IFSQARConfig`].
+        The config of a named size of LlamaGen (https://arxiv.org/abs/2406.06525, table 1): `"S"`, `"B"`, `"L"`,
+        `"XL"`, `"XXL"` or `"3B"`, with about 21, 85, 308, 731, 1,359 and 2,989 million parameters in the layers;
+        embeddings and heads come on top. Further arguments of the class override those of the size.
         """
         if size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
-        num_hidden_layers, hidden_size, num_attention_heads = SIZES[size]
-        sizes = {
-            "num_hidden_layers": num_hidden_layers,
-            "hidden_size": hidden_size,
-            "num_attention_heads": num_attention_heads,
-        }
-        return cls(**{**sizes, **kwargs})
+        sizes = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), SIZES[size], strict=True)
+        return cls(**{**dict(sizes), **kwargs})
 
     def validate_architecture(self):
         """Raises a `ValueError` if the sizes contradict each other; run on construction."""

@@ -1,8 +1,6 @@
 """Sampling from the AR model, one position at a time."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +14,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ..randomness import image_generators
+from ..guidance import check_guidance, guidance_scales, guide
+from ..randomness import draw, image_generators
 from .layers_ifsq_ar import Decoder
 
 
@@ -25,14 +24,6 @@ if TYPE_CHECKING:
 else:
     # What is mixed in brings no base of its own.
     IFSQARPreTrainedModel = object
-
-
-# Strength of guidance over the sequence: from progress in [0, 1] to a share of `guidance_scale - 1` in [0, 1].
-GUIDANCE_SCHEDULES = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: progress,
-    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-}
 
 
 def sample_from_logits(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -52,27 +43,6 @@ def sample_from_logits(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
     threshold = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     # Logits that are no numbers find no place at all; `generate` reports them, the id stays a valid one until then.
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-
-def guidance_scales(num_tokens: int, scale: float, schedule: str, interval: tuple[float, float]) -> list[float]:
-    """
-    Strength of guidance at each token.
-
-    Args:
-        num_tokens (`int`): tokens of an image. The progress of token i is `i / (num_tokens - 1)`.
-        scale (`float`): strength, or its end where it grows.
-        schedule (`str`): `"constant"`, `"linear"` or `"cosine"`: how it grows from 1.0 with progress.
-        interval (`tuple[float, float]`): first and last progress with guidance; 1.0 elsewhere.
-
-    Returns:
-        `list[float]`: `num_tokens` scales.
-    """
-    scales = []
-    for token in range(num_tokens):
-        progress = token / max(num_tokens - 1, 1)
-        guided = interval[0] <= progress <= interval[1]
-        scales.append(1 + guided * (scale - 1) * GUIDANCE_SCHEDULES[schedule](progress))
-    return scales
 
 
 def processors_of_factors(
@@ -108,20 +78,6 @@ def processors_of_factors(
             processors.append(TopPLogitsWarper(top_ps[factor]))
         factors.append(processors)
     return factors
-
-
-@dataclass
-class Sampling:
-    """
-    How tokens are chosen from logits.
-
-    Args:
-        processors (`list[LogitsProcessorList]`): of each factor; empty where nothing changes.
-        uniforms (`torch.Tensor` of shape `(batch, num_tokens, num_factors)`): the random numbers, in [0, 1).
-    """
-
-    processors: list[LogitsProcessorList]
-    uniforms: torch.Tensor
 
 
 class IFSQARGenerationMixin(IFSQARPreTrainedModel):
@@ -201,7 +157,8 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`: whole token ids in raster order.
         """
-        self._check_generate_inputs(class_labels, guidance_scale, guidance_schedule, guidance_interval)
+        self._check_can_generate(class_labels)
+        check_guidance(guidance_scale, guidance_interval, self.config.class_dropout_prob, guidance_schedule)
         batch, num_tokens, num_factors = len(class_labels), self.config.num_tokens, len(self.config.vocab_sizes)
         scales = guidance_scales(num_tokens, guidance_scale, guidance_schedule, guidance_interval)
         if guidance_scale > 1 and max(scales) <= 1:
@@ -209,16 +166,16 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
                 f"`guidance_interval` {guidance_interval} has none of the {num_tokens} tokens of an image, or "
                 f"`guidance_schedule` {guidance_schedule!r} does not begin there: no token would be guided."
             )
-        sampling = None
+        processors, uniforms = None, None
         if do_sample:
             processors = processors_of_factors(num_factors, temperature, top_k, top_p)
             generators = image_generators(generator, batch)
-            sampling = Sampling(processors, _draw_uniforms(generators, num_tokens, num_factors, class_labels.device))
+            uniforms = draw(torch.rand, (num_tokens, num_factors), generators, class_labels.device)
         kept = self._decoders_for(batch * (2 if guidance_scale > 1 else 1), class_labels.device)
         # Taken away while they are in use: a callback that generates must not find them.
         self.decoders = ()
         try:
-            return self._decode(kept, class_labels, scales, sampling, callback)
+            return self._decode(kept, class_labels, scales, processors, uniforms, callback)
         finally:
             self.decoders = kept
 
@@ -227,7 +184,8 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         kept: tuple[Decoder, ...],
         class_labels: torch.Tensor,
         scales: list[float],
-        sampling: Sampling | None,
+        processors: list[LogitsProcessorList] | None,
+        uniforms: torch.Tensor | None,
         callback: Callable[[int, torch.Tensor], None] | None,
     ) -> torch.Tensor:
         batch, num_factors, device = len(class_labels), len(self.config.vocab_sizes), class_labels.device
@@ -251,15 +209,14 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
                 # On another device only where the model is spread over several.
                 logits = head(self.norm(hidden_states))[:, -1].float().to(device)
                 if scale > 1:
-                    cond, uncond = logits.chunk(2)
-                    logits = uncond + scale * (cond - uncond)
+                    logits = guide(logits, scale)
                 logits = logits[:batch]
                 finite &= logits.isfinite().all()
-                if sampling is None:
+                if processors is None or uniforms is None:
                     factors.append(logits.argmax(dim=-1))
                 else:
-                    logits = sampling.processors[position](indices, logits)  # type: ignore[arg-type]
-                    factors.append(sample_from_logits(logits, sampling.uniforms[:, step, position]))
+                    logits = processors[position](indices, logits)  # type: ignore[arg-type]
+                    factors.append(sample_from_logits(logits, uniforms[:, step, position]))
                 if position + 1 < num_factors:
                     chosen = factors[-1].repeat(rows // batch)
                     hidden_states = self.model.embed_tokens[position](chosen[:, None])
@@ -306,13 +263,7 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
                 f"{tuple(class_labels.shape)}."
             )
 
-    def _check_generate_inputs(
-        self,
-        class_labels: torch.Tensor,
-        guidance_scale: float,
-        guidance_schedule: str,
-        guidance_interval: tuple[float, float],
-    ) -> None:
+    def _check_can_generate(self, class_labels: torch.Tensor) -> None:
         self._check_class_labels(class_labels)
         last = self.model.embed_classes.num_embeddings - 1
         if class_labels.min() < 0 or class_labels.max() > last:
@@ -322,27 +273,3 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
             )
         if self.training:
             raise ValueError("The model is in training mode, with dropout: call `model.eval()` before `generate`.")
-        if not 1.0 <= guidance_scale < math.inf:
-            raise ValueError(f"`guidance_scale` must be at least 1.0, which turns guidance off, got {guidance_scale}.")
-        if guidance_scale > 1.0 and self.config.class_dropout_prob == 0:
-            raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but this model was trained without class dropout "
-                "(`class_dropout_prob=0`) and has no null class: use 1.0."
-            )
-        if guidance_schedule not in GUIDANCE_SCHEDULES:
-            raise ValueError(
-                f"`guidance_schedule` must be one of {list(GUIDANCE_SCHEDULES)}, got {guidance_schedule!r}."
-            )
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(f"`guidance_interval` must be two increasing numbers in [0, 1], got {guidance_interval}.")
-
-
-def _draw_uniforms(
-    generators: Sequence[torch.Generator], num_tokens: int, num_factors: int, device: torch.device
-) -> torch.Tensor:
-    """All the random numbers of each image, `(batch, num_tokens, num_factors)` in [0, 1)."""
-    draws = [
-        torch.rand(num_tokens, num_factors, generator=generator, device=generator.device).to(device)
-        for generator in generators
-    ]
-    return torch.stack(draws)

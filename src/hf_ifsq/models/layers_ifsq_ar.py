@@ -122,9 +122,9 @@ def run_layers(
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | BlockMask | None = None,
     past_key_values: KeyValues | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """What goes into layers one after another, `(batch, sequence, hidden_size)`, and the output of each."""
-    states = [hidden_states]
+    outputs: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """`(batch, sequence, hidden_size)` through layers one after another; `outputs` takes in the output of each."""
     for layer in layers:
         hidden_states = layer(
             hidden_states,
@@ -132,8 +132,9 @@ def run_layers(
             attention_mask=attention_mask,
             past_key_values=past_key_values,
         )
-        states.append(hidden_states)
-    return tuple(states)
+        if outputs is not None:
+            outputs.append(hidden_states)
+    return hidden_states
 
 
 class KeyValueCache:
@@ -218,4 +219,4 @@ class Decoder(nn.Module):
         cache: KeyValueCache,
     ) -> torch.Tensor:
         """What `compile` compiles: `(rows, 1, hidden_size)` to the same."""
-        return run_layers(self.layers, hidden_states, position_embeddings, attention_mask, cache)[-1]
+        return run_layers(self.layers, hidden_states, position_embeddings, attention_mask, cache)

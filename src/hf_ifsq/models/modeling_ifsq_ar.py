@@ -114,7 +114,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
         config ([`IFSQARConfig`]): sizes of the model.
     """
 
-    # A whole generator's checkpoint also loads into this part of it.
+    # A whole AR model's checkpoint also loads into this part of it.
     _keys_to_ignore_on_load_unexpected = [r"^norm\.", r"^lm_heads\.", r"^factor_layers\."]
 
     def __init__(self, config: IFSQARConfig):
@@ -174,9 +174,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
                 ids in [0, num_classes], put before the tokens; `num_classes` is the null class. In training a share
                 of `class_dropout_prob` of them is replaced by it.
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): whole token ids.
-            past_key_values ([`~transformers.Cache`], *optional*): cache of the positions before these.
-            use_cache (`bool`, *optional*): whether to make a cache if there is none; by default as in the config.
-            output_hidden_states (`bool`, *optional*): whether to return the embeddings and each layer's output.
+            past_key_values, use_cache, output_hidden_states: as in [`IFSQARForImageGeneration`].
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPast`]: `last_hidden_state` of shape
@@ -191,14 +189,14 @@ class IFSQARModel(IFSQARPreTrainedModel):
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=past_key_values
         )
-        states = run_layers(
-            self.layers, hidden_states, (cos[position_ids], sin[position_ids]), causal_mask, past_key_values
-        )
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [hidden_states] if wants_states else None
+        rotary = (cos[position_ids], sin[position_ids])
+        hidden_states = run_layers(self.layers, hidden_states, rotary, causal_mask, past_key_values, states)
         return BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            hidden_states=states if wants_states else None,
+            hidden_states=None if states is None else tuple(states),
         )
 
     def embed(self, class_labels: torch.Tensor | None = None, input_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -294,15 +292,16 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         first_predicted = 0 if class_labels is not None else 1
         factors = self.model.split_indices(input_ids[:, first_predicted:])
         states = self._states_of_factors(outputs.last_hidden_state, factors)
-        scores, loss, factor_losses = None, None, None
+        scores, logits, loss, factor_losses = None, None, None, None
         if labels is None or not self.training:
             scores = [head(state) for head, state in zip(self.lm_heads, states, strict=True)]
+            logits = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
         if labels is not None:
             factor_losses = self._losses_of_factors(states, scores, labels[:, first_predicted:])
             loss = torch.stack(factor_losses).sum()
         return IFSQAROutput(
             loss=loss,
-            logits=None if scores is None else torch.cat(scores, dim=-1),
+            logits=logits,
             factor_losses=factor_losses,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -320,7 +319,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         )
         # As in iFSQ's generator, factors take the first rows of the grid's table, the class's row of zeros included.
         cos, sin = (part[: len(factors)] for part in self.model.rotary_table(sequence.device))
-        *_, sequence = run_layers(self.factor_layers, sequence, (cos, sin), causal_mask)
+        sequence = run_layers(self.factor_layers, sequence, (cos, sin), causal_mask)
         return list(self.norm(sequence).unflatten(0, hidden_states.shape[:2]).unbind(dim=2))
 
     def _losses_of_factors(

@@ -20,9 +20,6 @@ def rotary_table_2d(
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: cosines and sines, each float32 of shape `(rows * columns, head_dim)`,
         cells in raster order, the value of a pair repeated for both of its channels.
-
-    Raises:
-        ValueError: if `head_dim` is not a multiple of 4.
     """  # noqa: D205
     if head_dim % 4:
         raise ValueError(f"2D rotary positions need a head dimension that is a multiple of 4, got {head_dim}.")

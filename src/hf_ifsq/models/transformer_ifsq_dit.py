@@ -232,27 +232,15 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, Co
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "IFSQDiTTransformer2DModel":
         """
-        A model of a named size with random weights.
-
-        Args:
-            size (`str`): `"S"`, `"B"`, `"L"` or `"XL"` of DiT with its `patch_size`, such as `"L/1"` or `"XL/2"`.
-            kwargs: further arguments of the class, which override those of the size.
-
-        Returns:
-            [`IFSQDiTTransformer2DModel`].
+        A model of a named size of DiT with its patch size, such as `"L/1"` or `"XL/2"`, and random weights. Further
+        arguments of the class override those of the size.
         """
         names = [f"{name}/{patch_size}" for name in SIZES for patch_size in (1, 2)]
         if size not in names:
             raise ValueError(f"`size` must be one of {names}, got {size!r}.")
         name, patch_size = size.split("/")
-        num_layers, num_attention_heads, attention_head_dim = SIZES[name]
-        sizes = {
-            "patch_size": int(patch_size),
-            "num_layers": num_layers,
-            "num_attention_heads": num_attention_heads,
-            "attention_head_dim": attention_head_dim,
-        }
-        return cls(**{**sizes, **kwargs})
+        sizes = zip(("num_layers", "num_attention_heads", "attention_head_dim"), SIZES[name], strict=True)
+        return cls(**{"patch_size": int(patch_size), **dict(sizes), **kwargs})
 
     def forward(
         self,
@@ -261,7 +249,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, Co
         class_labels: torch.Tensor,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-    ) -> IFSQDiTOutput | tuple[torch.Tensor, ...]:
+    ) -> IFSQDiTOutput | tuple:
         """
         Predict the velocity at a point of the path.
 

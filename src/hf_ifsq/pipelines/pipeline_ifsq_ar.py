@@ -120,12 +120,19 @@ class IFSQARPipeline(ClassConditionalPipeline):
 
         # 2. Generate the tokens and decode them.
         outputs = []
-        num_tokens = self.transformer.config.num_tokens
+        num_tokens, codebook_size = self.transformer.config.num_tokens, self.transformer.config.codebook_size
         with self.progress_bar(total=num_tokens * len(batches)) as progress_bar:
 
             def on_step_end(num_generated: int, indices: torch.Tensor) -> None:
                 if callback_on_step_end is not None:
-                    self._call_back(callback_on_step_end, num_generated - 1, indices)
+                    step = num_generated - 1
+                    changed = self._call_back(callback_on_step_end, step, step, "indices", indices)
+                    if changed.min() < 0 or changed.max() >= codebook_size:
+                        raise ValueError(
+                            f"`callback_on_step_end` must return `indices` in [0, {codebook_size}), "
+                            f"but they span [{changed.min().item()}, {changed.max().item()}]."
+                        )
+                    indices.copy_(changed)
                 progress_bar.update()
 
             for batch in batches:
@@ -145,22 +152,6 @@ class IFSQARPipeline(ClassConditionalPipeline):
 
         # 3. Make pictures.
         return self._finish(outputs, output_type, return_dict)
-
-    def _call_back(self, callback: Callable[[Any, int, int, dict], dict], step: int, indices: torch.Tensor) -> None:
-        """Show the ids to the user's function and take over what it changes."""
-        codebook_size = self.transformer.config.codebook_size
-        changed = callback(self, step, step, {"indices": indices.clone()}).get("indices", indices)
-        if changed.shape != indices.shape or changed.dtype != indices.dtype:
-            raise ValueError(
-                f"`callback_on_step_end` must return `indices` of shape {tuple(indices.shape)} and {indices.dtype}, "
-                f"got {tuple(changed.shape)} and {changed.dtype}."
-            )
-        if changed.min() < 0 or changed.max() >= codebook_size:
-            raise ValueError(
-                f"`callback_on_step_end` must return `indices` in [0, {codebook_size}), "
-                f"but they span [{changed.min().item()}, {changed.max().item()}]."
-            )
-        indices.copy_(changed)
 
 
 # `DiffusionPipeline.from_pretrained` looks up the class that a pipeline was saved from in diffusers itself.

@@ -2,7 +2,7 @@
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,15 +62,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         return {name: class_id for class_id, name in sorted((int(key), name) for key, name in id2label.items())}
 
     def get_label_ids(self, names: str | Sequence[str]) -> list[int]:
-        """
-        Look up class names.
-
-        Args:
-            names (`str` or `list[str]`): one or more of the names in `labels`.
-
-        Returns:
-            `list[int]`: their ids. An unknown name is an error that suggests the closest ones.
-        """
+        """The ids of one or more of the names in `labels`; an unknown one is an error that suggests the closest."""
         labels = self.labels
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
@@ -118,6 +110,23 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         return [slice(start, start + batch_size) for start in range(0, num_images, batch_size)]
 
+    def _call_back(
+        self,
+        callback: Callable[[Any, int, Any, dict], dict],
+        step: int,
+        timestep: Any,
+        name: str,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Show values to the user's function and return what it makes of them."""
+        changed = callback(self, step, timestep, {name: values.clone()}).get(name, values)
+        if changed.shape != values.shape or changed.is_floating_point() != values.is_floating_point():
+            raise ValueError(
+                f"`callback_on_step_end` must return `{name}` of shape {tuple(values.shape)} and {values.dtype}, got "
+                f"{tuple(changed.shape)} and {changed.dtype}."
+            )
+        return changed.to(values)
+
     def _check_common_inputs(self, output_type: str) -> None:
         self._check_match()
         for name in ("transformer", "tokenizer"):
@@ -137,13 +146,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:
-    """
-    Raise an error if a weight is NaN or infinite, which would give a picture of noise or nothing.
-
-    Args:
-        model (`torch.nn.Module`): a model; weights on the meta device and integer weights are passed over.
-        name (`str`): what to call it in the message.
-    """
+    """Raise a `ValueError` if a weight of a model is NaN or infinite: the picture would be noise, or none."""
     bad = [
         key
         for key, weight in model.named_parameters()
