@@ -1,4 +1,4 @@
-"""Configuration of the autoregressive generator."""
+"""Configuration of the AR model."""
 
 import math
 from typing import Any

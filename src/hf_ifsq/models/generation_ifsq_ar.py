@@ -28,14 +28,8 @@ else:
 
 def sample_from_logits(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """
-    Draw from `softmax(logits)` by inverting the cumulative distribution at the given uniform numbers.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, vocab_size)`): scores; minus infinity excludes a token.
-        uniforms (`torch.Tensor` of shape `(batch,)`): numbers in [0, 1), one per row.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`, int64: the draws, each a function of its own row and number alone.
+    Draw from `softmax(logits)`, `(batch, vocab_size)`, by inverting the cumulative distribution at uniform numbers in
+    [0, 1), `(batch,)`. Gives int64 ids, `(batch,)`, each a function of its own row and number alone.
     """
     cumulative = F.softmax(logits.float(), dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1]

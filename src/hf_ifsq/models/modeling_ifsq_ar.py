@@ -1,4 +1,4 @@
-"""The autoregressive generator: LlamaGen (https://arxiv.org/abs/2406.06525) over one or several factors per token."""
+"""The AR model: LlamaGen (https://arxiv.org/abs/2406.06525) over one or several factors per token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,16 +55,13 @@ class IFSQAROutput(ModelOutput):
 
 def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Mean cross-entropy of a linear head. Its scores, which over a codebook of 83,521 would be the largest tensors of a
-    training step by far, are computed some rows at a time, and once more for the gradients.
+    Mean cross-entropy of a linear head in nats, a float32 scalar. The scores, which over a codebook of 83,521 would be
+    the largest tensors of a training step by far, are computed some rows at a time, and once more for the gradients.
 
     Args:
         head (`torch.nn.Linear`): from `hidden_size` to `vocab_size`.
         hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
         targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
-
-    Returns:
-        `torch.Tensor`: nats, a float32 scalar.
     """
     device_type = hidden_states.device.type
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
@@ -109,9 +106,6 @@ class IFSQARModel(IFSQARPreTrainedModel):
     """
     The transformer over the token grid, without heads. Its sequence is the class followed by tokens in raster order;
     the output at each position is the residual stream, not yet normalized.
-
-    Args:
-        config ([`IFSQARConfig`]): sizes of the model.
     """
 
     # A whole AR model's checkpoint also loads into this part of it.
@@ -219,9 +213,6 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
     """
     Class-conditional autoregressive model of image tokens: [`IFSQARModel`] with one output head per factor and, for
     several factors, a small causal transformer that predicts the factors of one token one after another.
-
-    Args:
-        config ([`IFSQARConfig`]): sizes of the model.
 
     Example:
 

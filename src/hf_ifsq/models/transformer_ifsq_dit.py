@@ -211,19 +211,8 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, Co
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, hidden_size)
         self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
-        self.blocks = nn.ModuleList(
-            [
-                IFSQDiTBlock(
-                    hidden_size,
-                    num_attention_heads,
-                    inner_size=int(mlp_ratio * hidden_size),
-                    norm_type=norm_type,
-                    qk_norm=qk_norm,
-                    activation_fn=activation_fn,
-                )
-                for _ in range(num_layers)
-            ]
-        )
+        block = (hidden_size, num_attention_heads, int(mlp_ratio * hidden_size), norm_type, qk_norm, activation_fn)
+        self.blocks = nn.ModuleList([IFSQDiTBlock(*block) for _ in range(num_layers)])
         self.norm_out = _norm(norm_type, hidden_size)
         self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
         self.proj_out = nn.Linear(hidden_size, patch_size**2 * in_channels)

@@ -59,10 +59,8 @@ class IFSQARPipeline(ClassConditionalPipeline):
         Compile decoding by [`torch.compile`]: the first calls take their time, later ones are faster, on GPUs most of
         all. What decoding keeps of earlier tokens stays in memory from then on, see
         [`~IFSQARForImageGeneration.setup_cache`].
-
-        Args:
-            kwargs: arguments of `torch.compile` beside `fullgraph=True`; on a GPU, `mode="reduce-overhead"` records
-                CUDA graphs.
+        `kwargs` are arguments of `torch.compile` beside `fullgraph=True`; on a GPU, `mode="reduce-overhead"` records
+        CUDA graphs.
         """
         # The first call makes it as large as it needs.
         self.transformer.setup_cache(max_rows=1)

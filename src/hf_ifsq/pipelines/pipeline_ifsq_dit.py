@@ -92,10 +92,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         """
         Compile the model by [`torch.compile`], all of it into one graph: the first call for a number of rows takes its
         time, later ones are faster, on GPUs most of all. Guidance in a part of the steps makes two such numbers.
-
-        Args:
-            kwargs: arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
-                `mode="reduce-overhead"` records CUDA graphs, and more than eight numbers of rows need `dynamic=True`.
+        `kwargs` are arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
+        `mode="reduce-overhead"` records CUDA graphs, and more than eight numbers of rows need `dynamic=True`.
         """
         self.transformer.compile(**{"fullgraph": True, "dynamic": False, **kwargs})
 

@@ -49,10 +49,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         """Raises a `ValueError` if `transformer` and `tokenizer` disagree."""
 
     def enable_cpu_kernels(self) -> None:
-        """
-        Multiply by oneDNN in inference in float32 on a CPU, which is faster on some: see
-        [`~hf_ifsq.cpu_kernels.enable_cpu_kernels`].
-        """
+        """Faster products in float32 on some CPUs: [`~hf_ifsq.cpu_kernels.enable_cpu_kernels`] of `transformer`."""
         enable_cpu_kernels(self.transformer)
 
     @property
