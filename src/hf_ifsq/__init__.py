@@ -1,4 +1,4 @@
-"""One image tokenizer for autoregressive and diffusion generators: iFSQ (https://arxiv.org/abs/2601.17124)."""
+"""One image tokenizer for autoregressive and diffusion models: iFSQ (https://arxiv.org/abs/2601.17124)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

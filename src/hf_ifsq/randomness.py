@@ -1,6 +1,6 @@
 """Randomness by image: what an image looks like depends on its own generator, never on its neighbours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,19 +9,9 @@ def image_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, num_images: int
 ) -> list[torch.Generator]:
     """
-    One random generator for each image.
-
-    Args:
-        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-            A list of `num_images` generators, or a single one for a single image, is used as it is. From a single one
-            for several images a seed is drawn for each image first, from the global one if there is none.
-        num_images (`int`): number of images.
-
-    Returns:
-        `list[torch.Generator]`: `num_images` generators.
-
-    Raises:
-        ValueError: if a list of another length than `num_images` is given.
+    One random generator for each of `num_images` images. A list of them, or a single one for a single image, is used
+    as it is. From a single one for several images a seed is drawn for each image first, from the global one if there
+    is none.
     """
     if isinstance(generator, torch.Generator):
         if num_images == 1:
@@ -37,3 +27,14 @@ def image_generators(
             )
         return list(generator)
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+
+
+def draw(
+    distribution: Callable[..., torch.Tensor],
+    shape: tuple[int, ...],
+    generators: Sequence[torch.Generator],
+    device: torch.device,
+) -> torch.Tensor:
+    """Numbers of `shape` by each image's generator, from `torch.rand` or `torch.randn`: `(images, *shape)`."""
+    draws = [distribution(shape, generator=generator, device=generator.device) for generator in generators]
+    return torch.stack([numbers.to(device) for numbers in draws])

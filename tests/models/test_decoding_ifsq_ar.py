@@ -1,14 +1,19 @@
 """Decoding one token at a time, with a cache, guidance and compiled layers, against whole forward passes."""
 
+import copy
 import math
+import pickle
 import shutil
+import tempfile
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from hf_ifsq import IFSQARPipeline
-from hf_ifsq.models.generation_ifsq_ar import guidance_scales
+from hf_ifsq.guidance import guidance_scales
 
 
 FACTORS = {1: [12], 2: [4, 3], 4: [2, 3, 2, 4]}
@@ -25,6 +30,12 @@ def fresh_compiler():
     counters.clear()
 
 
+def compile_decoding(model, **kwargs):
+    model.setup_cache(max_rows=1)
+    for decoder in model.decoders:
+        decoder.compile(fullgraph=True, **kwargs)
+
+
 def record_logits(model):
     """List that fills with the logits of each head at each step, `(rows, vocab_size)`."""
     recorded = []
@@ -35,8 +46,7 @@ def record_logits(model):
 
 def logits_of_forward(model, class_labels, indices):
     """Of each head at each token, in the order of decoding, by one forward pass over the whole sequences."""
-    logits = model(class_labels, indices).logits
-    logits = logits if isinstance(logits, tuple) else (logits,)
+    logits = model(class_labels, indices).logits.split(model.config.vocab_sizes, dim=-1)
     return [scores[:, token] for token in range(indices.shape[1]) for scores in logits]
 
 
@@ -49,7 +59,7 @@ def test_cached_logits_equal_those_of_a_forward_pass(make_ar, vocab_sizes, mode,
     reference = make_ar(vocab_sizes=vocab_sizes)
     reference.load_state_dict(model.state_dict())
     if mode == "compiled":
-        model.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+        compile_decoding(model, dynamic=False, backend=BACKEND)
     recorded = record_logits(model)
     class_labels = torch.tensor([3, 0, 5])
     indices = model.generate(class_labels, guidance_scale=guidance_scale)
@@ -68,7 +78,7 @@ def test_cached_logits_equal_those_of_a_forward_pass(make_ar, vocab_sizes, mode,
 def test_logits_of_a_row_do_not_depend_on_the_others(make_ar, vocab_sizes, mode):
     model = make_ar(vocab_sizes=vocab_sizes)
     if mode == "compiled":
-        model.compile(fullgraph=True, dynamic=False, backend=BACKEND)
+        compile_decoding(model, dynamic=False, backend=BACKEND)
     recorded = record_logits(model)
 
     def logits_of_first_row(class_labels):
@@ -85,7 +95,7 @@ def test_logits_of_a_row_do_not_depend_on_the_others(make_ar, vocab_sizes, mode)
 def test_one_graph_for_the_whole_sequence(make_ar, vocab_sizes, graphs):
     model, class_labels = make_ar(vocab_sizes=vocab_sizes), torch.tensor([3, 0])
     expected = [model.generate(class_labels, guidance_scale=scale, do_sample=False) for scale in (2.0, 3.0)]
-    model.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    compile_decoding(model, dynamic=False, backend="aot_eager")
     assert torch.equal(model.generate(class_labels, guidance_scale=2.0, do_sample=False), expected[0])
     assert torch.equal(model.generate(class_labels, guidance_scale=3.0, do_sample=False), expected[1])
     # Nothing about sampling is part of a graph.
@@ -93,23 +103,6 @@ def test_one_graph_for_the_whole_sequence(make_ar, vocab_sizes, graphs):
     # One over the grid and, for several factors, one over those.
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
-
-
-def test_compiled_training_equals_eager(make_ar):
-    model, labels, indices = make_ar(vocab_sizes=[4, 3]).train(), torch.tensor([1, 2]), torch.randint(12, (2, 12))
-    model.config.class_dropout_prob = 0.0
-
-    def step():
-        model.zero_grad()
-        output = model(labels, indices, labels=indices, output_hidden_states=True)
-        (output.loss + output.hidden_states[1].square().mean()).backward()
-        return output.loss.item(), {name: weight.grad.clone() for name, weight in model.named_parameters()}
-
-    loss, gradients = step()
-    model.compile(fullgraph=True, backend="aot_eager")
-    compiled_loss, compiled_gradients = step()
-    assert compiled_loss == pytest.approx(loss, abs=1e-6)
-    torch.testing.assert_close(compiled_gradients, gradients)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +126,7 @@ def test_guidance_schedules(schedule, expected):
 def test_guidance_over_the_sequence(make_ar, vocab_sizes, interval, last_guided, schedule, compiled):
     model, class_labels, null = make_ar(vocab_sizes=vocab_sizes), torch.tensor([3, 1]), torch.tensor([5, 5])
     if compiled:
-        model.compile(fullgraph=True, dynamic=False, backend="eager")
+        compile_decoding(model, dynamic=False, backend="eager")
     options = {"guidance_scale": 4.0, "guidance_schedule": schedule, "guidance_interval": interval}
     if not compiled:
         rows = []
@@ -254,13 +247,17 @@ def test_compiled_for_any_number_of_images(make_ar, make_autoencoder, vocab_size
     for count in range(1, 11):
         got = pipeline([0] * count, do_sample=False, output_type="latent").images
         assert torch.equal(got, expected[count - 1])
-    assert len(pipeline.transformer._compiled_layers) == 4
+    assert pipeline.transformer.decoders[0].cache.memory[0].shape[1] == 10
 
 
-def test_compiled_caches_are_not_shared_by_calls_within_calls(make_ar):
+@pytest.mark.parametrize("mode", ["plain", "set up", "compiled"])
+def test_caches_are_not_shared_by_calls_within_calls(make_ar, mode):
     model, class_labels = make_ar(vocab_sizes=[4, 3]), torch.tensor([3, 0])
     expected = model.generate(class_labels, do_sample=False)
-    model.compile(fullgraph=True, backend="aot_eager")
+    if mode == "compiled":
+        compile_decoding(model, backend="aot_eager")
+    elif mode == "set up":
+        model.setup_cache(max_rows=2)
     inner = []
     outer = model.generate(
         class_labels,
@@ -268,6 +265,66 @@ def test_compiled_caches_are_not_shared_by_calls_within_calls(make_ar):
         callback=lambda step, indices: step == 3 and inner.append(model.generate(class_labels, do_sample=False)),
     )
     assert torch.equal(outer, expected) and torch.equal(inner[0], expected)
+    assert len(model.decoders) == (0 if mode == "plain" else 2)
+
+
+def test_a_cache_that_is_set_up_stays_where_it_is(make_ar):
+    model = make_ar(vocab_sizes=[4, 3])
+    expected = {rows: model.generate(torch.arange(rows), do_sample=False) for rows in (1, 2, 3, 5)}
+    model.setup_cache(max_rows=3)
+
+    def addresses():
+        return [memory.data_ptr() for decoder in model.decoders for memory in decoder.cache.memory]
+
+    before = addresses()
+    for rows in (2, 3, 1):
+        assert torch.equal(model.generate(torch.arange(rows), do_sample=False), expected[rows])
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(torch.arange(3), callback=lambda step, indices: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert addresses() == before
+    assert torch.equal(model.generate(torch.arange(5), do_sample=False), expected[5])
+    assert model.decoders[0].cache.memory[0].shape == (2, 5, 4, 12, 8)
+
+
+def test_a_cache_that_is_set_up_is_no_part_of_the_model(make_ar, tmp_path):
+    model, class_labels = make_ar(vocab_sizes=[4, 3]), torch.tensor([3, 0])
+    expected = model.generate(class_labels, do_sample=False)
+    names = set(model.state_dict())
+    compile_decoding(model, backend="aot_eager")
+    assert torch.equal(model.generate(class_labels, do_sample=False), expected)
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict()) == names
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.generate(class_labels, do_sample=False), expected)
+        # A copy reads its own weights.
+        other.model.layers[1].mlp.down_proj.weight.data.neg_()
+        assert not torch.equal(other.generate(class_labels, do_sample=False), expected)
+        assert torch.equal(model.generate(class_labels, do_sample=False), expected)
+    assert model.double().generate(class_labels, do_sample=False).shape == (2, 12)
+    assert model.decoders[0].cache.memory[0].dtype == torch.float64
+
+
+def test_nothing_of_an_overflow_stays_in_a_cache_that_is_set_up(make_ar):
+    model, class_labels = make_ar(), torch.tensor([3, 0])
+    expected = model.generate(class_labels, do_sample=False)
+    model.setup_cache(max_rows=2)
+    weight = model.model.layers[0].self_attn.qkv_proj.weight
+    intact = weight.data.clone()
+    weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        model.generate(class_labels)
+    weight.data.copy_(intact)
+    assert torch.equal(model.generate(class_labels, do_sample=False), expected)
+
+
+def test_layers_on_several_devices(make_ar):
+    model, class_labels = make_ar(vocab_sizes=[4, 3]), torch.tensor([3, 0])
+    expected = model.generate(class_labels, guidance_scale=2.0, do_sample=False)
+    # Weights that live on the disk or on the CPU and visit the device layer by layer.
+    device_map = {name: "cpu" for name, _ in model.named_children()} | {"model": "disk"}
+    with tempfile.TemporaryDirectory() as folder:
+        dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+        assert torch.equal(model.generate(class_labels, guidance_scale=2.0, do_sample=False), expected)
 
 
 def test_compiled_caches_outlive_inference_mode_and_autocast(make_ar):
@@ -275,7 +332,7 @@ def test_compiled_caches_outlive_inference_mode_and_autocast(make_ar):
     expected = model.generate(class_labels, do_sample=False)
     with torch.autocast("cpu", torch.bfloat16):
         expected_in_bfloat16 = model.generate(class_labels, do_sample=False)
-    model.compile(fullgraph=True, backend="aot_eager")
+    compile_decoding(model, backend="aot_eager")
     with torch.inference_mode():
         assert torch.equal(model.generate(class_labels, do_sample=False), expected)
     assert torch.equal(model.generate(class_labels, do_sample=False), expected)

@@ -36,7 +36,7 @@ def generate_by_brute_force(model, class_labels, guidance_scale=1.0, uniforms=No
 
     def logits_at(labels, place, factor):
         logits = model(labels, indices[:, : place + 1]).logits
-        return (logits[factor] if len(config.vocab_sizes) > 1 else logits)[:, place]
+        return logits.split(config.vocab_sizes, dim=-1)[factor][:, place]
 
     with torch.no_grad():
         for place in range(config.num_tokens):
@@ -125,7 +125,7 @@ def test_frequencies(make_ar, vocab_sizes, arguments):
         """Of one factor, given the lower factors of `token`."""
         labels = torch.tensor([2, 5])
         logits = model(labels, torch.full((2, 1), token)).logits
-        logits = (logits[factor] if len(vocab_sizes) > 1 else logits)[:, 0].detach().double().numpy()
+        logits = logits.split(vocab_sizes, dim=-1)[factor][:, 0].detach().double().numpy()
         scores = logits[1] + arguments.get("guidance_scale", 1.0) * (logits[0] - logits[1])
         weights = np.exp(scores / arguments.get("temperature", 1.0))
         kept = np.argsort(-weights)[: arguments.get("top_k", len(weights))]

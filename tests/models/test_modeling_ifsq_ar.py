@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModel, DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache, Trainer, TrainingArguments
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARModel
-from hf_ifsq.models import linear
+from hf_ifsq.models import modeling_ifsq_ar
+from hf_ifsq.models.modeling_ifsq_ar import linear_cross_entropy
 
 
 FACTORS = {1: [12], 2: [4, 3], 3: [3, 5, 2], 4: [2, 3, 2, 4]}
@@ -27,9 +28,8 @@ def random_inputs(model, batch=2):
 
 
 def logits_of(model, class_labels, input_ids, **kwargs):
-    """Logits of each factor, as a tuple also if there is only one."""
-    logits = model(class_labels, input_ids, **kwargs).logits
-    return logits if isinstance(logits, tuple) else (logits,)
+    """Logits of each factor."""
+    return model(class_labels, input_ids, **kwargs).logits.split(model.config.vocab_sizes, dim=-1)
 
 
 def split(index, vocab_sizes):
@@ -217,7 +217,8 @@ def test_loss(make_ar, vocab_sizes):
     labels[0, 3:7] = -100
     labels[1, 11] = -100
     output = model(class_labels, indices, labels=labels)
-    logits = output.logits if len(vocab_sizes) > 1 else (output.logits,)
+    logits = output.logits.split(vocab_sizes, dim=-1)
+    assert output.to_tuple()[:2] == (output.loss, output.logits)
     expected = [0.0] * len(vocab_sizes)
     kept = [(row, place) for row in range(2) for place in range(12) if labels[row, place] != -100]
     for row, place in kept:
@@ -301,7 +302,7 @@ def test_cached_decoding_equals_teacher_forcing(make_ar, vocab_sizes, cache, ste
     class_labels, indices = random_inputs(model)
     past = DynamicCache(config=model.config) if cache == "dynamic" else None
     output = model(class_labels, indices[:, :1], past_key_values=past, use_cache=True)
-    parts = [output.logits if len(vocab_sizes) > 1 else (output.logits,)]
+    parts = [output.logits.split(vocab_sizes, dim=-1)]
     for i in range(1, 12, step):
         past = output.past_key_values
         assert past.get_seq_length() == i
@@ -445,8 +446,11 @@ def test_class_labels_out_of_range(make_ar, class_dropout_prob, last):
     indices = torch.zeros(2, 12, dtype=torch.long)
     assert torch.isfinite(model(torch.tensor([0, last]), indices).logits).all()
     for labels in ([0, last + 1], [-1, 0]):
-        with pytest.raises(ValueError, match=rf"`class_labels`.*\[0, {last}\].*{re.escape(str(labels))}"):
+        # `forward` reads no value; `generate` says what is wrong.
+        with pytest.raises(IndexError, match="out of range"):
             model(torch.tensor(labels), indices)
+        with pytest.raises(ValueError, match=rf"`class_labels`.*\[0, {last}\].*{re.escape(str(labels))}"):
+            model.generate(torch.tensor(labels))
 
 
 @pytest.mark.parametrize(
@@ -505,15 +509,17 @@ def test_wrong_shape_of_labels(make_ar):
         model(class_labels, indices, labels=indices[:, 1:])
 
 
+@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name, wrong", [("input_ids", -1), ("input_ids", 12), ("labels", 12), ("labels", -99)])
-def test_tokens_outside_the_codebook(make_ar, name, wrong):
-    model = make_ar(vocab_sizes=[4, 3])
+@pytest.mark.parametrize("vocab_sizes", [FACTORS[1], FACTORS[2]], ids=["1", "2"])
+def test_tokens_outside_the_codebook_are_never_taken_for_others(make_ar, vocab_sizes, name, wrong, train):
+    model = make_ar(vocab_sizes=vocab_sizes).train(train)
     class_labels, indices = random_inputs(model)
     inputs = {"input_ids": indices, "labels": indices.clone()}
-    # Also the last one, which is not read.
     inputs[name] = indices.clone()
-    inputs[name][1, 11] = wrong
-    with pytest.raises(ValueError, match=rf"`{name}`.*\[0, 12\).*\[4, 3\].*{wrong}"):
+    inputs[name][1, 10 if name == "input_ids" else 11] = wrong
+    # On a GPU the kernels assert it.
+    with pytest.raises(IndexError, match="out of (range|bounds)"):
         model(class_labels, **inputs)
 
 
@@ -548,7 +554,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [3, 7, 100])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_linear_cross_entropy_equals_that_of_all_scores(monkeypatch, rows, bfloat16):
-    monkeypatch.setattr(linear, "MAX_SCORES", 50 * rows)
+    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 50 * rows)
     states, head = torch.randn(20, 6, requires_grad=True), torch.nn.Linear(6, 50, bias=False)
     targets = torch.randint(50, (20,))
     targets[[2, 11]] = -100
@@ -558,7 +564,7 @@ def test_linear_cross_entropy_equals_that_of_all_scores(monkeypatch, rows, bfloa
             loss = function()
         return loss, torch.autograd.grad(loss, (states, head.weight))
 
-    loss, gradients = run(lambda: linear.linear_cross_entropy(head, states, targets))
+    loss, gradients = run(lambda: linear_cross_entropy(head, states, targets))
     expected, expected_gradients = run(lambda: F.cross_entropy(head(states).float(), targets))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
@@ -572,7 +578,7 @@ def test_training_never_holds_all_scores(make_ar, monkeypatch, vocab_sizes):
     indices = torch.randint(model.config.codebook_size, (50, 12))
     expected = model(class_labels, indices, labels=indices)
     # Fewer than the weights of a head.
-    monkeypatch.setattr(linear, "MAX_SCORES", 64 * 3000)
+    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 64 * 3000)
     model.config.class_dropout_prob = 0.0
     with LargestTensor() as largest:
         output = model.train()(class_labels, indices, labels=indices)
@@ -596,3 +602,25 @@ def test_several_factors_need_factor_layers():
     with pytest.raises(StrictDataclassClassValidationError, match="`num_factor_layers` must be at least 1"):
         IFSQARConfig(vocab_sizes=[3, 4], num_factor_layers=0)
     assert IFSQARConfig(vocab_sizes=[12], num_factor_layers=0).num_factor_layers == 0
+
+
+def test_grid_size_may_be_the_side_of_a_square(make_ar, tmp_path):
+    model = make_ar(grid_size=3)
+    assert model.config.grid_size == [3, 3] and model.config.num_tokens == 9
+    class_labels, indices = random_inputs(model)
+    square = make_ar(grid_size=(3, 3))
+    square.load_state_dict(model.state_dict())
+    assert torch.equal(square(class_labels, indices).logits, model(class_labels, indices).logits)
+    model.save_pretrained(tmp_path)
+    assert IFSQARForImageGeneration.from_pretrained(tmp_path).config.grid_size == [3, 3]
+    assert IFSQARConfig.from_pretrained(tmp_path, grid_size=2).num_tokens == 4
+
+
+def test_what_a_trainer_takes_for_predictions(make_ar):
+    model = make_ar(vocab_sizes=[4, 3])
+    class_labels, indices = random_inputs(model)
+    data = [{"class_labels": label, "input_ids": row, "labels": row} for label, row in zip(class_labels, indices)]
+    arguments = TrainingArguments(use_cpu=True, report_to=[], disable_tqdm=True)
+    predictions = Trainer(model, arguments).predict(data).predictions
+    expected = model(class_labels, indices).logits.detach().numpy()
+    assert predictions.shape == (2, 12, 7) and abs(predictions - expected).max() < 1e-5

@@ -249,7 +249,7 @@ def test_ids_changed_by_the_callback_are_gone_on_from(make_pipeline):
     assert torch.equal(images[:, :3], plain[:, :3]) and torch.equal(images[:, 3], forced)
     # What follows is the most likely continuation of the changed ids by a plain forward pass.
     with torch.no_grad():
-        low, _ = pipeline.transformer(torch.tensor([1, 2]), images).logits
+        low = pipeline.transformer(torch.tensor([1, 2]), images).logits[..., :5]
     assert torch.equal(images[:, 4:] % 5, low.argmax(-1)[:, 4:]) and not torch.equal(images[:, 4:], plain[:, 4:])
 
 

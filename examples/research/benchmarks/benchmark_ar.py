@@ -1,5 +1,5 @@
 """
-Speed and memory of the autoregressive generator, beside transformers' `LlamaForCausalLM` of the same dimensions.
+Speed and memory of the AR model, beside transformers' `LlamaForCausalLM` of the same dimensions.
 
     python examples/research/benchmarks/benchmark_ar.py --sizes B L --batch_sizes 1 8 32 --guidance_scales 1 2
 
@@ -8,6 +8,7 @@ are reported. Weights are random: they make no difference to the time.
 
 - `floor`: the matrix products of the linear layers alone, the least that the time of a token can be.
 - `ours`, `ours compiled`: `IFSQARForImageGeneration.generate`.
+- `ours, CPU kernels`: the same after `enable_cpu_kernels`, which changes something in float32 on a CPU alone.
 - `Llama`: `LlamaForCausalLM.generate` with its key/value cache.
 - `no cache`: a forward pass of ours over all tokens so far for each token; measured at nine lengths and summed up.
 """
@@ -32,10 +33,11 @@ from machine import (
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration
+from hf_ifsq.cpu_kernels import enable_cpu_kernels
 from hf_ifsq.training.arguments import argument
 
 
-VARIANTS = ("floor", "ours", "ours compiled", "Llama", "no cache")
+VARIANTS = ("floor", "ours", "ours, CPU kernels", "ours compiled", "Llama", "no cache")
 
 
 @dataclass
@@ -46,7 +48,7 @@ class BenchmarkArguments:
     batch_sizes: list[int] = argument([1, 8], "Images at a time.")
     guidance_scales: list[float] = argument([1.0, 2.0], "1.0 is without guidance.")
     dtypes: list[str] = argument(["float32"], "`float32` or `bfloat16`.")
-    variants: list[str] = argument(list(VARIANTS[:4]), f"Of {', '.join(VARIANTS)}.")
+    variants: list[str] = argument(list(VARIANTS[:5]), f"Of {', '.join(VARIANTS)}.")
     vocab_sizes: list[int] = argument([16384], "Sizes of the factors of a token; `Llama` has their sum.")
     grid_size: list[int] = argument([16, 16], "Rows and columns of tokens.")
     device: str = argument("cuda" if torch.cuda.is_available() else "cpu", "Device.")
@@ -106,6 +108,7 @@ class Setting:
         makers = {
             "floor": self.floor,
             "ours": self.ours,
+            "ours, CPU kernels": self.ours_with_cpu_kernels,
             "ours compiled": self.ours_compiled,
             "Llama": self.llama,
             "no cache": self.no_cache,
@@ -130,7 +133,7 @@ class Setting:
                     "batch": self.batch_size,
                     "guidance": "yes" if self.guidance_scale > 1 else "no",
                     "variant": name,
-                    "images a second": self.batch_size / total,
+                    "images per second": self.batch_size / total,
                     "first token (ms)": 1e3 * first,
                     "each next (ms)": 1e3 * (total - first) / (num_tokens - 1),
                     "memory beside weights (MiB)": round(memory),
@@ -141,7 +144,7 @@ class Setting:
         return table
 
     def bytes_moved(self) -> int:
-        """By all steps at least: the weights once a step, and the keys and values of the tokens before it."""
+        """By all steps at least: the weights once per step, and the keys and values of the tokens before it."""
         weights = sum(weight.numel() for name, weight in self.model.named_parameters() if "embed" not in name)
         num_tokens, config = self.config.num_tokens, self.config
         cached = num_tokens * (num_tokens + 1) // 2 * self.rows * config.num_hidden_layers * 2 * config.hidden_size
@@ -192,10 +195,17 @@ class Setting:
 
         return measure
 
+    def ours_with_cpu_kernels(self) -> Callable[[], tuple[float, float]]:
+        model = self._new_model()
+        enable_cpu_kernels(model)
+        return self.ours(model)
+
     def ours_compiled(self) -> Callable[[], tuple[float, float]]:
         torch.compiler.reset()
         model = self._new_model()
-        model.compile(fullgraph=True, dynamic=False, mode=self.args.compile_mode)
+        model.setup_cache(self.rows)
+        for decoder in model.decoders:
+            decoder.compile(fullgraph=True, dynamic=False, mode=self.args.compile_mode)
         return self.ours(model)
 
     def llama(self) -> Callable[[], tuple[float, float]]:

@@ -1,5 +1,5 @@
 """
-Memory of a training step of the autoregressive generator: one head over all tokens, or one for each of two factors.
+Memory of a training step of the AR model: one head over all tokens, or one for each of two factors.
 
     python examples/research/benchmarks/benchmark_ar_training.py --size L --batch_size 8
 
@@ -15,7 +15,7 @@ from machine import MemoryWatch, describe, print_table, synchronize
 from transformers import HfArgumentParser
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration
-from hf_ifsq.models import linear
+from hf_ifsq.models import modeling_ifsq_ar
 from hf_ifsq.training.arguments import argument
 
 
@@ -24,7 +24,7 @@ class BenchmarkArguments:
     """What is trained."""
 
     size: str = argument("L", "Named size.")
-    batch_size: int = argument(8, "Images a step.")
+    batch_size: int = argument(8, "Images per step.")
     mixed_precision: str = argument("no", "`no` or `bf16`.")
     device: str = argument("cuda" if torch.cuda.is_available() else "cpu", "Device.")
 
@@ -32,14 +32,14 @@ class BenchmarkArguments:
 def main(args: BenchmarkArguments) -> list[dict[str, object]]:
     device = torch.device(args.device)
     print(f"{describe(device)}, size {args.size}, {args.batch_size} images, mixed precision {args.mixed_precision}\n")
-    usual = linear.MAX_SCORES
+    usual = modeling_ifsq_ar.MAX_SCORES
     rows = []
     for name, vocab_sizes, max_scores in (
         ("two heads over 289", [289, 289], usual),
         ("one head over 83,521", [83521], usual),
         ("one head, all scores at once", [83521], 2**62),
     ):
-        linear.MAX_SCORES = max_scores
+        modeling_ifsq_ar.MAX_SCORES = max_scores
         seconds, memory = measure(args, vocab_sizes, device)
         rows.append({"heads": name, "seconds": seconds, "memory beside weights (MiB)": round(memory)})
     print_table(rows)

@@ -1,17 +1,19 @@
 """
-Speed of the diffusion generator, beside diffusers' `DiTTransformer2DModel` of the same size and number of tokens.
+Speed of the DiT, beside diffusers' `DiTTransformer2DModel` of the same size and number of tokens.
 
     python examples/research/benchmarks/benchmark_dit.py --sizes B/1 L/1 --batch_sizes 1 8 32
 
-A step is one call of the transformer; with guidance it has two rows an image. All variants of a setting take turns in
+A step is one call of the transformer; with guidance it has two rows per image. All variants of a setting take turns in
 one run, so that whatever else the machine does slows all of them, and medians are reported. Weights are random: they
 make no difference to the time.
 
 - `floor`: the matrix products alone, those of the linear layers and of attention, the least that a step can take.
 - `ours`, `ours compiled`: `IFSQDiTTransformer2DModel`, with rotary positions and normalized queries and keys.
+- `ours, CPU kernels`: the same after `enable_cpu_kernels`, which changes something in float32 on a CPU alone.
 - `diffusers`, `diffusers compiled`: `DiTTransformer2DModel`, which has neither.
 """
 
+import copy
 import json
 import statistics
 from collections.abc import Callable
@@ -25,10 +27,11 @@ from machine import MemoryWatch, describe, linear_layers, matmul_rate, print_tab
 from transformers import HfArgumentParser
 
 from hf_ifsq import IFSQDiTTransformer2DModel
+from hf_ifsq.cpu_kernels import enable_cpu_kernels
 from hf_ifsq.training.arguments import argument
 
 
-VARIANTS = ("floor", "ours", "ours compiled", "diffusers", "diffusers compiled")
+VARIANTS = ("floor", "ours", "ours, CPU kernels", "ours compiled", "diffusers", "diffusers compiled")
 
 
 @dataclass
@@ -37,11 +40,11 @@ class BenchmarkArguments:
 
     sizes: list[str] = argument(["B/1"], "Named sizes.")
     batch_sizes: list[int] = argument([1, 8], "Images at a time.")
-    guidance: bool = argument(True, "Two rows an image.")
+    guidance: bool = argument(True, "Two rows per image.")
     dtypes: list[str] = argument(["float32"], "`float32` or `bfloat16`.")
     variants: list[str] = argument(list(VARIANTS), f"Of {', '.join(VARIANTS)}.")
     sample_size: int = argument(16, "Rows and columns of the latents.")
-    num_inference_steps: int = argument(50, "Steps of an image, for the images a second.")
+    num_inference_steps: int = argument(50, "Steps of an image, for the images per second.")
     device: str = argument("cuda" if torch.cuda.is_available() else "cpu", "Device.")
     turns: int = argument(5, "Times that each variant is measured, after one to warm up.")
     output_file: str | None = argument(None, "JSON file for the results.")
@@ -79,12 +82,13 @@ def measure(
     labels = torch.arange(rows, device=device) % 1000
     t = torch.full((rows,), 0.5, device=device)
     tokens = rows * (args.sample_size // model.config.patch_size) ** 2
-    # The condition is one row an image, everything else one a token.
+    # The condition is one row per image, everything else one per token.
     floor_rows = {"time_embed": rows, "modulation_out": rows, "proj_out": tokens}
     floor_rows |= {f"blocks.{index}.modulation": rows for index in range(len(model.blocks))} | {"blocks": tokens}
     calls = {
         "floor": lambda: matrix_products(model, floor_rows, latents),
         "ours": lambda: partial(model, latents, t, labels),
+        "ours, CPU kernels": lambda: partial(with_cpu_kernels(model), latents, t, labels),
         "ours compiled": lambda: partial(compiled(model), latents, t, labels),
         "diffusers": lambda: partial(peer, latents, timestep=1000 * t, class_labels=labels),
         "diffusers compiled": lambda: partial(compiled(peer), latents, timestep=1000 * t, class_labels=labels),
@@ -109,8 +113,10 @@ def measure(
                 "batch": batch_size,
                 "guidance": "yes" if args.guidance else "no",
                 "variant": name,
-                "a step (ms)": 1e3 * seconds,
-                f"images a second, {args.num_inference_steps} steps": batch_size / seconds / args.num_inference_steps,
+                "per step (ms)": 1e3 * seconds,
+                f"images per second, {args.num_inference_steps} steps": batch_size
+                / seconds
+                / args.num_inference_steps,
                 "memory beside weights (MiB)": round(memory),
                 "of matmul rate": f"{operations / seconds / rate:.0%}",
             }
@@ -135,6 +141,13 @@ def compiled(model: ModelMixin) -> ModelMixin:
     """A compiled copy of a model."""
     other = type(model).from_config(model.config).eval().to(model.device, model.dtype)
     other.compile(fullgraph=True, dynamic=False)
+    return other
+
+
+def with_cpu_kernels(model: ModelMixin) -> ModelMixin:
+    """A copy of a model that multiplies by oneDNN in float32 on a CPU."""
+    other = copy.deepcopy(model)
+    enable_cpu_kernels(other)
     return other
 
 

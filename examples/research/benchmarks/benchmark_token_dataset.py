@@ -1,5 +1,5 @@
 """
-Training steps a second of both generators, from images that are tokenized on the way and from their token dataset.
+Training steps per second of AR model and DiT, from images that are tokenized on the way and from their token dataset.
 
     python examples/research/benchmarks/benchmark_token_dataset.py --dataset_name DATASET \\
         --tokenizer outputs/tokenizer --resolution 256 --hidden_size 768 --num_layers 12 --train_batch_size 64 \\
@@ -46,7 +46,7 @@ class BenchmarkArguments:
     resolution: int = argument(64, "Side in pixels of the images.")
     hidden_size: int = argument(128, "Width of the generators, a multiple of 64.")
     num_layers: int = argument(4, "Layers of the generators.")
-    train_batch_size: int = argument(16, "Images a step.")
+    train_batch_size: int = argument(16, "Images per step.")
     dataloader_num_workers: int = argument(0, "Processes that load images or tokens.")
     mixed_precision: str = argument("no", "`no`, `fp16` or `bf16`, of the generators.")
     num_turns: int = argument(7, "Times that each training is timed.")
@@ -83,7 +83,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
                 if turn > 0:
                     rates[key].append(args.num_steps / seconds)
     medians = {key: statistics.median(values) for key, values in rates.items()}
-    print(f"Steps a second, {args.train_batch_size} images a step, on {accelerator.device}:\n")
+    print(f"Steps per second, {args.train_batch_size} images per step, on {accelerator.device}:\n")
     print("| generator | from images | from tokens | ratio |\n|---|---|---|---|")
     for generator in ("AR", "DiT"):
         slow, fast = medians[generator, "images"], medians[generator, "tokens"]
@@ -94,7 +94,7 @@ def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
 def make_step(
     args: BenchmarkArguments, accelerator: Accelerator, generator: str, source: TokenSource
 ) -> Callable[[], None]:
-    """A function that trains a new generator by a step."""
+    """A function that trains a new model by a step."""
     tokenizer, num_classes = source.tokenizer, len(source.id2label)
     if generator == "AR":
         config = IFSQARConfig(

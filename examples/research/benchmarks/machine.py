@@ -30,7 +30,7 @@ def seconds_of(function: Callable[[], object], device: torch.device, turns: int 
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second that are read from and written to memory in copying 256 MiB, far more than any cache."""
+    """Bytes per second that are read from and written to memory in copying 256 MiB, far more than any cache."""
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -38,7 +38,7 @@ def memory_bandwidth(device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product of large square matrices."""
+    """Floating-point operations per second of a product of large square matrices."""
     size = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     left @ right

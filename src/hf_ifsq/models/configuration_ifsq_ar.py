@@ -1,10 +1,12 @@
-"""Configuration of the autoregressive generator."""
+"""Configuration of the AR model."""
 
 import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+
+from .grid import as_grid
 
 
 # Layers, width and attention heads of the models of LlamaGen and of iFSQ (S).
@@ -30,7 +32,8 @@ class IFSQARConfig(PreTrainedConfig):
             Number of values of each factor of a token, the least significant first. One entry is one head over the
             whole codebook; the product is the size of the codebook.
         num_classes (`int`, *optional*, defaults to 1000): number of class labels.
-        grid_size (`list[int]`, *optional*, defaults to `[16, 16]`): rows and columns of the token grid.
+        grid_size (`int` or `list[int]`, *optional*, defaults to `[16, 16]`):
+            rows and columns of the token grid, or the side of a square.
         hidden_size (`int`, *optional*, defaults to 768): width of the hidden states.
         intermediate_size (`int`, *optional*):
             width of the feed-forward layers, by default `2/3 * 4 * hidden_size` rounded up to a multiple of 256.
@@ -50,9 +53,6 @@ class IFSQARConfig(PreTrainedConfig):
             whether a forward pass without `past_key_values` makes and returns a cache.
         id2label (`dict[int, str]`, *optional*): names of the classes.
 
-    Raises:
-        StrictDataclassClassValidationError: if the sizes contradict each other.
-
     Example:
 
     ```python
@@ -67,11 +67,12 @@ class IFSQARConfig(PreTrainedConfig):
     """
 
     model_type = "ifsq_ar"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # `Trainer.predict` keeps what is left: the logits.
+    keys_to_ignore_at_inference = ["factor_losses", "past_key_values", "hidden_states"]
 
     vocab_sizes: list[int] | tuple[int, ...] = (289, 289)
     num_classes: int = 1000
-    grid_size: list[int] | tuple[int, ...] = (16, 16)
+    grid_size: int | list[int] | tuple[int, ...] = (16, 16)
     hidden_size: int = 768
     intermediate_size: int | None = None
     num_hidden_layers: int = 12
@@ -86,7 +87,7 @@ class IFSQARConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.vocab_sizes = list(self.vocab_sizes)
-        self.grid_size = list(self.grid_size)
+        self.grid_size = [self.grid_size] * 2 if isinstance(self.grid_size, int) else list(self.grid_size)
         if self.intermediate_size is None:
             self.intermediate_size = -(-(8 * self.hidden_size // 3) // 256) * 256
         if self.id2label is None:
@@ -96,34 +97,21 @@ class IFSQARConfig(PreTrainedConfig):
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "IFSQARConfig":
         """
-        The config of a model of a named size, as in LlamaGen (https://arxiv.org/abs/2406.06525, table 1).
-
-        Args:
-            size (`str`): `"S"`, `"B"`, `"L"`, `"XL"`, `"XXL"` or `"3B"`: about 21, 85, 308, 731, 1,359 and 2,989
-                million parameters in the layers; embeddings and heads come on top.
-            kwargs: further arguments of [`IFSQARConfig`], which override those of the size.
-
-        Returns:
-            [`IFSQARConfig`].
-
-        Raises:
-            ValueError: if there is no such size.
+        The config of a named size of LlamaGen (https://arxiv.org/abs/2406.06525, table 1): `"S"`, `"B"`, `"L"`,
+        `"XL"`, `"XXL"` or `"3B"`, with about 21, 85, 308, 731, 1,359 and 2,989 million parameters in the layers;
+        embeddings and heads come on top. Further arguments of the class override those of the size.
         """
         if size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")
-        num_hidden_layers, hidden_size, num_attention_heads = SIZES[size]
-        sizes = {
-            "num_hidden_layers": num_hidden_layers,
-            "hidden_size": hidden_size,
-            "num_attention_heads": num_attention_heads,
-        }
-        return cls(**{**sizes, **kwargs})
+        sizes = zip(("num_hidden_layers", "hidden_size", "num_attention_heads"), SIZES[size], strict=True)
+        return cls(**{**dict(sizes), **kwargs})
 
     def validate_architecture(self):
         """Raises a `ValueError` if the sizes contradict each other; run on construction."""
         if not self.vocab_sizes or min(self.vocab_sizes) < 2:
             raise ValueError(f"`vocab_sizes` must be one or more integers of at least 2, got {self.vocab_sizes}.")
-        if len(self.grid_size) != 2 or min(self.grid_size) < 1:
+        sides = [self.grid_size] * 2 if isinstance(self.grid_size, int) else self.grid_size
+        if len(sides) != 2 or min(sides) < 1:
             raise ValueError(f"`grid_size` must be two positive integers, rows and columns, got {self.grid_size}.")
         if len(self.vocab_sizes) > self.num_tokens + 1:
             raise ValueError(
@@ -156,7 +144,7 @@ class IFSQARConfig(PreTrainedConfig):
     @property
     def num_tokens(self) -> int:
         """Number of tokens of an image: the cells of the grid."""
-        return self.grid_size[0] * self.grid_size[1]
+        return math.prod(as_grid(self.grid_size))
 
 
 AutoConfig.register("ifsq_ar", IFSQARConfig)

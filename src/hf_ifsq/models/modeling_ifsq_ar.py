@@ -1,25 +1,30 @@
-"""The autoregressive generator: LlamaGen (https://arxiv.org/abs/2406.06525) over one or several factors a token."""
+"""The AR model: LlamaGen (https://arxiv.org/abs/2406.06525) over one or several factors per token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, initialization
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_ifsq_ar import IFSQARConfig
-from .generation_ifsq_ar import IFSQARGenerationMixin, preallocated_cache
-from .linear import Linear, linear_cross_entropy
+from .generation_ifsq_ar import IFSQARGenerationMixin
+from .grid import as_grid
+from .layers_ifsq_ar import IFSQARDecoderLayer, run_layers
 from .loading import StrictLoadingMixin
-from .rotary import apply_rotary_2d, rotary_table_2d
+from .rotary import rotary_table_2d
+
+
+# Scores that exist at a time in the training of a head: 256 MiB in float32.
+MAX_SCORES = 2**26
 
 
 @dataclass
@@ -30,10 +35,11 @@ class IFSQAROutput(ModelOutput):
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             mean cross-entropy in nats, summed over the factors.
-        factor_losses (`tuple[torch.Tensor]`, *optional*, returned with `labels`): the terms of that sum.
-        logits (`torch.Tensor` of shape `(batch, sequence, vocab_size)` or `tuple[torch.Tensor]`, *optional*):
-            scores of the next token before the softmax; a tuple with one tensor a factor if there are several. `None`
-            in training mode with `labels`, where the loss is computed without ever holding all of them.
+        logits (`torch.Tensor` of shape `(batch, sequence, sum(vocab_sizes))`, *optional*):
+            scores of the next token before the softmax, those of its factors next to each other:
+            `logits.split(config.vocab_sizes, dim=-1)`. `None` in training mode with `labels`, where the loss is
+            computed without ever holding all of them.
+        factor_losses (`tuple[torch.Tensor]`, *optional*, returned with `labels`): the terms of the loss.
         past_key_values ([`~transformers.Cache`], *optional*): keys and values seen so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
             the embeddings and the output of each layer, `(batch, sequence, hidden_size)`. Position i is the one that
@@ -41,132 +47,39 @@ class IFSQAROutput(ModelOutput):
     """
 
     loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     factor_losses: tuple[torch.Tensor, ...] | None = None
-    logits: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in plain matrix products, behind `attn_implementation="eager"`."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Mean cross-entropy of a linear head in nats, a float32 scalar. The scores, which over a codebook of 83,521 would be
+    the largest tensors of a training step by far, are computed some rows at a time, and once more for the gradients.
 
+    Args:
+        head (`torch.nn.Linear`): from `hidden_size` to `vocab_size`.
+        hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
+        targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
+    """
+    device_type = hidden_states.device.type
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
-class IFSQARAttention(nn.Module):
-    """Causal self-attention with two-dimensional rotary positions."""
+    def summed_losses(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # With its cache, autocast would add up the gradients of all parts in low precision.
+        with torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False):
+            scores = head(states)
+        return F.cross_entropy(scores.float(), ids, reduction="sum")
 
-    def __init__(self, config: IFSQARConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = True
-        self.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        """`(batch, sequence, hidden_size)` to the same."""
-        batch, sequence, _ = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(batch, sequence, 3, self.num_heads, self.head_dim)
-        qkv = qkv.permute(2, 0, 3, 1, 4)
-        query, key = apply_rotary_2d(qkv[:2], *position_embeddings)
-        value = qkv[2]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attn_output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling)
-        return self.o_proj(attn_output.reshape(batch, sequence, -1))
-
-
-class IFSQARMLP(nn.Module):
-    """SwiGLU feed-forward layer."""
-
-    def __init__(self, config: IFSQARConfig):
-        super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., hidden_size)` to the same."""
-        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class IFSQARDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer with dropout on both residual branches."""
-
-    def __init__(self, config: IFSQARConfig, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = IFSQARAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = IFSQARMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        """`(batch, sequence, hidden_size)` to the same."""
-        attn_output = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
-        )
-        hidden_states = hidden_states + self.dropout(attn_output)
-        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
-
-
-class IFSQARDecoderLayers(nn.ModuleList):
-    """Layers one after another: those over the grid, or those over the factors of a token."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        output_hidden_states: bool = False,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """`(batch, sequence, hidden_size)` to the same, and if asked for, what goes in and each layer's output."""
-        collected = (hidden_states,) if output_hidden_states else None
-        for layer in self:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-            )
-            if collected is not None:
-                collected += (hidden_states,)
-        return hidden_states, collected
-
-
-class IFSQAROutputHead(Linear):
-    """Starts at zero: as in LlamaGen, training begins with uniform predictions."""
+    rows = max(1, MAX_SCORES // head.out_features)
+    if len(targets) <= rows:
+        total = summed_losses(hidden_states, targets)
+    else:
+        parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        losses = [checkpoint(summed_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        total = torch.stack(losses).sum()
+    return total / (targets != -100).sum()
 
 
 class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
@@ -182,8 +95,9 @@ class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, IFSQAROutputHead):
-            initialization.zeros_(module.weight)
+        if any(module is head for head in getattr(self, "lm_heads", ())):
+            # As in LlamaGen, training begins with uniform predictions.
+            initialization.zeros_(module.get_parameter("weight"))
         else:
             super()._init_weights(module)
 
@@ -192,12 +106,9 @@ class IFSQARModel(IFSQARPreTrainedModel):
     """
     The transformer over the token grid, without heads. Its sequence is the class followed by tokens in raster order;
     the output at each position is the residual stream, not yet normalized.
-
-    Args:
-        config ([`IFSQARConfig`]): sizes of the model.
     """
 
-    # A whole generator's checkpoint also loads into this part of it.
+    # A whole AR model's checkpoint also loads into this part of it.
     _keys_to_ignore_on_load_unexpected = [r"^norm\.", r"^lm_heads\.", r"^factor_layers\."]
 
     def __init__(self, config: IFSQARConfig):
@@ -207,13 +118,13 @@ class IFSQARModel(IFSQARPreTrainedModel):
         self.embed_classes = nn.Embedding(num_rows, config.hidden_size)
         self.embed_tokens = nn.ModuleList([nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = IFSQARDecoderLayers(
+        self.layers = nn.ModuleList(
             [IFSQARDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.ModuleList:
-        """The embedding tables, one a factor."""
+        """The embedding tables, one per factor."""
         return self.embed_tokens
 
     def rotary_table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,7 +134,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
         lost in `from_pretrained` and nothing rounded when the model is cast.
         """
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        table = rotary_table_2d(tuple(self.config.grid_size), head_dim, self.config.rope_theta, device)
+        table = rotary_table_2d(as_grid(self.config.grid_size), head_dim, self.config.rope_theta, device)
         cos, sin = (F.pad(part, (0, 0, 1, 0)) for part in table)
         return cos, sin
 
@@ -245,8 +156,8 @@ class IFSQARModel(IFSQARPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        class_labels: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -257,44 +168,33 @@ class IFSQARModel(IFSQARPreTrainedModel):
                 ids in [0, num_classes], put before the tokens; `num_classes` is the null class. In training a share
                 of `class_dropout_prob` of them is replaced by it.
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): whole token ids.
-            past_key_values ([`~transformers.Cache`], *optional*): cache of the positions before these.
-            use_cache (`bool`, *optional*): whether to make a cache if there is none; by default as in the config.
-            output_hidden_states (`bool`, *optional*): whether to return the embeddings and each layer's output.
+            past_key_values, use_cache, output_hidden_states: as in [`IFSQARForImageGeneration`].
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPast`]: `last_hidden_state` of shape
             `(batch, positions, hidden_size)`, one position for the class, if given, and one for each token.
-
-        Raises:
-            ValueError: if neither `class_labels` nor `input_ids` is given.
         """  # noqa: D205
         hidden_states = self.dropout(self.embed(class_labels, input_ids))
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = preallocated_cache(self.config.num_hidden_layers, self.config.num_tokens)
+            past_key_values = DynamicCache(config=self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen
         cos, sin = self.rotary_table(hidden_states.device)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=past_key_values
         )
-        hidden_states, collected = self.layers(
-            hidden_states,
-            (cos[position_ids], sin[position_ids]),
-            causal_mask,
-            past_key_values,
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
-        )
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = [hidden_states] if wants_states else None
+        rotary = (cos[position_ids], sin[position_ids])
+        hidden_states = run_layers(self.layers, hidden_states, rotary, causal_mask, past_key_values, states)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values, hidden_states=collected
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=None if states is None else tuple(states),
         )
 
-    def embed(
-        self, class_labels: torch.LongTensor | None = None, input_ids: torch.LongTensor | None = None
-    ) -> torch.Tensor:
-        """
-        Embeddings of the class, of tokens or of both, `(batch, positions, hidden_size)`; arguments and errors as in
-        `forward`.
-        """  # noqa: D205
+    def embed(self, class_labels: torch.Tensor | None = None, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings of the class, of tokens or of both, `(batch, positions, hidden_size)`; as in `forward`."""
         embeddings = []
         if class_labels is not None:
             if self.training and self.config.class_dropout_prob > 0:
@@ -311,11 +211,8 @@ class IFSQARModel(IFSQARPreTrainedModel):
 
 class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
     """
-    Class-conditional autoregressive generator of image tokens: [`IFSQARModel`] with one output head a factor and, for
+    Class-conditional autoregressive model of image tokens: [`IFSQARModel`] with one output head per factor and, for
     several factors, a small causal transformer that predicts the factors of one token one after another.
-
-    Args:
-        config ([`IFSQARConfig`]): sizes of the model.
 
     Example:
 
@@ -339,21 +236,19 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         super().__init__(config)
         self.model = IFSQARModel(config)
         num_factor_layers = config.num_factor_layers if len(config.vocab_sizes) > 1 else 0
-        self.factor_layers = IFSQARDecoderLayers(
+        self.factor_layers = nn.ModuleList(
             [IFSQARDecoderLayer(config, layer_idx) for layer_idx in range(num_factor_layers)]
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_heads = nn.ModuleList(
-            [IFSQAROutputHead(config.hidden_size, size, bias=False) for size in config.vocab_sizes]
-        )
+        self.lm_heads = nn.ModuleList([nn.Linear(config.hidden_size, size, bias=False) for size in config.vocab_sizes])
         self.post_init()
 
     @can_return_tuple
     def forward(
         self,
-        class_labels: torch.LongTensor | None = None,
-        input_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -375,11 +270,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
 
         Returns:
             [`IFSQAROutput`]: with `logits` at position i for token i, or without `class_labels` for token i + 1.
-
-        Raises:
-            ValueError: if `class_labels`, `input_ids` or `labels` are missing, out of range or of the wrong shape.
         """
-        self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
+        input_ids = self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
         outputs = self.model(
             class_labels,
             input_ids[:, :-1],
@@ -391,32 +283,20 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         first_predicted = 0 if class_labels is not None else 1
         factors = self.model.split_indices(input_ids[:, first_predicted:])
         states = self._states_of_factors(outputs.last_hidden_state, factors)
-        logits, loss, factor_losses = None, None, None
+        scores, logits, loss, factor_losses = None, None, None, None
         if labels is None or not self.training:
-            logits = tuple(head(state) for head, state in zip(self.lm_heads, states, strict=True))
+            scores = [head(state) for head, state in zip(self.lm_heads, states, strict=True)]
+            logits = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
         if labels is not None:
-            factor_losses = self._losses_of_factors(states, logits, labels[:, first_predicted:])
-            loss = sum(factor_losses)
+            factor_losses = self._losses_of_factors(states, scores, labels[:, first_predicted:])
+            loss = torch.stack(factor_losses).sum()
         return IFSQAROutput(
             loss=loss,
+            logits=logits,
             factor_losses=factor_losses,
-            logits=logits[0] if logits is not None and len(logits) == 1 else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-    def compile(self, **kwargs: Any) -> None:
-        """
-        Compile the layers by [`torch.compile`], for training and, with a static cache, for `generate`: one graph for
-        all positions of the sequence. What is around them (embeddings, heads, sampling) stays as it is.
-
-        Args:
-            kwargs: arguments of `torch.compile`; `mode="reduce-overhead"` records CUDA graphs.
-        """
-        self._compiled_layers = {}
-        for layers in (self.model.layers, self.factor_layers):
-            if len(layers) > 0:
-                layers.compile(**kwargs)
 
     def _states_of_factors(self, hidden_states: torch.Tensor, factors: list[torch.Tensor]) -> list[torch.Tensor]:
         """What each head reads, `(batch, sequence, hidden_size)`, given the true values of the factors before it."""
@@ -430,37 +310,27 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         )
         # As in iFSQ's generator, factors take the first rows of the grid's table, the class's row of zeros included.
         cos, sin = (part[: len(factors)] for part in self.model.rotary_table(sequence.device))
-        sequence, _ = self.factor_layers(sequence, (cos, sin), causal_mask)
+        sequence = run_layers(self.factor_layers, sequence, (cos, sin), causal_mask)
         return list(self.norm(sequence).unflatten(0, hidden_states.shape[:2]).unbind(dim=2))
 
     def _losses_of_factors(
-        self, states: list[torch.Tensor], logits: tuple[torch.Tensor, ...] | None, labels: torch.Tensor
+        self, states: list[torch.Tensor], scores: list[torch.Tensor] | None, labels: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ignored = labels == -100
         targets = [
             factor.masked_fill(ignored, -100).flatten()
             for factor in self.model.split_indices(labels.masked_fill(ignored, 0))
         ]
-        if logits is None:
-            inputs = zip(states, self.lm_heads, targets, strict=True)
-            return tuple(linear_cross_entropy(head, state.flatten(0, 1), target) for state, head, target in inputs)
+        if scores is None:
+            inputs = zip(self.lm_heads, states, targets, strict=True)
+            return tuple(
+                linear_cross_entropy(cast(nn.Linear, head), state.flatten(0, 1), target)
+                for head, state, target in inputs
+            )
         return tuple(
-            F.cross_entropy(scores.flatten(0, 1).float(), target)
-            for scores, target in zip(logits, targets, strict=True)
+            F.cross_entropy(factor.flatten(0, 1).float(), target)
+            for factor, target in zip(scores, targets, strict=True)
         )
-
-    def _check_class_labels(self, class_labels: torch.Tensor) -> None:
-        if class_labels.ndim != 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
-            raise ValueError(
-                f"`class_labels` must be one or more integers of shape (batch,), got {class_labels.dtype} of shape "
-                f"{tuple(class_labels.shape)}."
-            )
-        last = self.model.embed_classes.num_embeddings - 1
-        if class_labels.min() < 0 or class_labels.max() > last:
-            raise ValueError(
-                f"`class_labels` must be in [0, {last}] for a model of {self.config.num_classes} classes, got "
-                f"{class_labels.tolist()}."
-            )
 
     def _check_forward_inputs(
         self,
@@ -468,7 +338,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         input_ids: torch.Tensor | None,
         labels: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> None:
+    ) -> torch.Tensor:
+        """What can be said without reading a value, which would make the host wait for the device."""
         # Without the class the first token is read, and it takes a second one to predict anything.
         shortest = 1 if class_labels is not None else 2
         longest = self.config.num_tokens
@@ -484,8 +355,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
                 )
         elif past_key_values is None:
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")
-        if past_key_values is not None:
-            seen = int(past_key_values.get_seq_length())
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        # A `StaticCache` counts its positions on the device.
+        if isinstance(seen, int):
             if class_labels is not None and seen > 0:
                 raise ValueError("`class_labels` must be left out: `past_key_values` holds the class already.")
             if seen + (class_labels is not None) + input_ids.shape[1] - 1 > longest:
@@ -498,16 +370,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
                 f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
             )
         for name, ids in (("input_ids", input_ids), ("labels", labels)):
-            if ids is None:
-                continue
-            if ids.is_floating_point():
+            if ids is not None and ids.is_floating_point():
                 raise ValueError(f"`{name}` must be integers, got a tensor of dtype {ids.dtype}.")
-            values = ids if name == "input_ids" else ids[ids != -100]
-            if values.numel() and (values.min() < 0 or values.max() >= self.config.codebook_size):
-                raise ValueError(
-                    f"`{name}` must be in [0, {self.config.codebook_size}), the codebook of `vocab_sizes` "
-                    f"{self.config.vocab_sizes}, but they span [{values.min().item()}, {values.max().item()}]."
-                )
+        return input_ids
 
 
 AutoModel.register(IFSQARConfig, IFSQARModel)

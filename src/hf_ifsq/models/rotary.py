@@ -1,4 +1,4 @@
-"""Rotary positions of a two-dimensional grid, shared by both generators."""
+"""Rotary positions of a two-dimensional grid, shared by AR model and DiT."""
 
 import torch
 
@@ -11,18 +11,8 @@ def rotary_table_2d(
     (https://arxiv.org/abs/2406.06525). Pairs are neighbouring channels; the first half of the pairs turns with the
     row, the second half with the column, pair i of a half by `position * theta ** (-4 * i / head_dim)`.
 
-    Args:
-        grid_size (`tuple[int, int]`): rows and columns.
-        head_dim (`int`): channels of a head, a multiple of 4.
-        theta (`float`, *optional*, defaults to 10000.0): base of the frequencies.
-        device (`torch.device`, *optional*): where the table is made.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: cosines and sines, each float32 of shape `(rows * columns, head_dim)`,
-        cells in raster order, the value of a pair repeated for both of its channels.
-
-    Raises:
-        ValueError: if `head_dim` is not a multiple of 4.
+    For `rows * columns` cells in raster order and heads of `head_dim` channels, a multiple of 4: two float32 tensors
+    of shape `(rows * columns, head_dim)`, the value of a pair repeated for both of its channels.
     """  # noqa: D205
     if head_dim % 4:
         raise ValueError(f"2D rotary positions need a head dimension that is a multiple of 4, got {head_dim}.")
@@ -44,14 +34,8 @@ def rotary_table_2d(
 
 def apply_rotary_2d(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Turn neighbouring channel pairs by their position, computed in the dtype of the table.
-
-    Args:
-        states (`torch.Tensor` of shape `(..., sequence, head_dim)`): queries or keys, channels next to each other.
-        cos, sin (`torch.Tensor` of shape `(sequence, head_dim)`): rows of [`rotary_table_2d`].
-
-    Returns:
-        `torch.Tensor` of the shape and dtype of `states`.
+    Turn neighbouring channel pairs of `(..., sequence, head_dim)` by rows of [`rotary_table_2d`], each of shape
+    `(sequence, head_dim)`, computed in their dtype; shape and dtype stay those of `states`.
     """
     pairs = states.to(torch.promote_types(states.dtype, cos.dtype)).unflatten(-1, (-1, 2))
     cos, sin = cos[..., ::2], sin[..., ::2]

@@ -1,5 +1,6 @@
 """The diffusion backbone: a diffusion transformer that predicts the velocity of flow matching."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional as F
 
-from .linear import Linear
+from .casting import CastingMixin
+from .grid import as_grid
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
 
@@ -54,12 +56,12 @@ class IFSQDiTAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         head_dim = hidden_size // num_heads
-        self.to_qkv = Linear(hidden_size, 3 * hidden_size)
+        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
         # The official code gives the layer norm of queries and keys weights and PyTorch's default epsilon.
         eps = 1e-6 if qk_norm == "rms_norm" else 1e-5
         self.norm_q = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
         self.norm_k = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
-        self.to_out = Linear(hidden_size, hidden_size)
+        self.to_out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """`(batch, patches, hidden_size)` to the same."""
@@ -79,10 +81,10 @@ class IFSQDiTFeedForward(nn.Module):
         self.activation_fn = activation_fn
         if activation_fn == "swiglu":
             inner_size = 2 * inner_size // 3
-            self.proj_in = Linear(hidden_size, 2 * inner_size)
+            self.proj_in = nn.Linear(hidden_size, 2 * inner_size)
         else:
-            self.proj_in = Linear(hidden_size, inner_size)
-        self.proj_out = Linear(inner_size, hidden_size)
+            self.proj_in = nn.Linear(hidden_size, inner_size)
+        self.proj_out = nn.Linear(inner_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, patches, hidden_size)` to the same."""
@@ -110,7 +112,7 @@ class IFSQDiTBlock(nn.Module):
         self.attn = IFSQDiTAttention(hidden_size, num_heads, qk_norm)
         self.norm2 = _norm(norm_type, hidden_size)
         self.ff = IFSQDiTFeedForward(hidden_size, inner_size, activation_fn)
-        self.modulation = Linear(hidden_size, 6 * hidden_size)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(
         self, hidden_states: torch.Tensor, condition: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
@@ -124,7 +126,7 @@ class IFSQDiTBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff[:, None], fed)
 
 
-class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
+class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, ConfigMixin):  # type: ignore[misc]
     r"""
     Class-conditional diffusion transformer over the codes of an image tokenizer, as in iFSQ's DiT
     (https://arxiv.org/abs/2601.17124). On the straight path `x_t = t * x_1 + (1 - t) * x_0` from noise `x_0` to scaled
@@ -151,9 +153,6 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         levels (`tuple[int, ...]`, *optional*), scaling_factor (`float`, *optional*):
             those of the tokenizer that the model was trained with, if it is quantized; a pipeline refuses another one.
 
-    Raises:
-        ValueError: if an option has no such value, or if the sizes contradict each other.
-
     Example:
 
     ```python
@@ -169,10 +168,9 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["IFSQDiTBlock"]
+    _no_split_modules = ["IFSQDiTBlock"]  # type: ignore[assignment]
     _repeated_blocks = ["IFSQDiTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
-    _compiled_predict = None
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]  # type: ignore[assignment]
 
     @register_to_config
     def __init__(
@@ -197,67 +195,50 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         if id2label is not None:
             # JSON turns integer keys into strings.
             self.register_to_config(id2label={int(class_id): name for class_id, name in id2label.items()})
-        self._check_config()
+        _check_config(self.config)
+        # As they come back from JSON.
+        for name in ("sample_size", "levels"):
+            if isinstance(self.config[name], tuple):
+                self.register_to_config(**{name: list(self.config[name])})
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        self.head_dim = attention_head_dim
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob
         hidden_size = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.time_features = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(256, hidden_size)
         self.class_embed = nn.Embedding(num_classes + 1, hidden_size)
-        self.blocks = nn.ModuleList(
-            [
-                IFSQDiTBlock(
-                    hidden_size,
-                    num_attention_heads,
-                    inner_size=int(mlp_ratio * hidden_size),
-                    norm_type=norm_type,
-                    qk_norm=qk_norm,
-                    activation_fn=activation_fn,
-                )
-                for _ in range(num_layers)
-            ]
-        )
+        block = (hidden_size, num_attention_heads, int(mlp_ratio * hidden_size), norm_type, qk_norm, activation_fn)
+        self.blocks = nn.ModuleList([IFSQDiTBlock(*block) for _ in range(num_layers)])
         self.norm_out = _norm(norm_type, hidden_size)
-        self.modulation_out = Linear(hidden_size, 2 * hidden_size)
-        self.proj_out = Linear(hidden_size, patch_size**2 * in_channels)
+        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj_out = nn.Linear(hidden_size, patch_size**2 * in_channels)
         self._init_weights()
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "IFSQDiTTransformer2DModel":
         """
-        A model of a named size with random weights.
-
-        Args:
-            size (`str`): `"S"`, `"B"`, `"L"` or `"XL"` of DiT with its `patch_size`, such as `"L/1"` or `"XL/2"`.
-            kwargs: further arguments of the class, which override those of the size.
-
-        Returns:
-            [`IFSQDiTTransformer2DModel`].
-
-        Raises:
-            ValueError: if there is no such size.
+        A model of a named size of DiT with its patch size, such as `"L/1"` or `"XL/2"`, and random weights. Further
+        arguments of the class override those of the size.
         """
         names = [f"{name}/{patch_size}" for name in SIZES for patch_size in (1, 2)]
         if size not in names:
             raise ValueError(f"`size` must be one of {names}, got {size!r}.")
         name, patch_size = size.split("/")
-        num_layers, num_attention_heads, attention_head_dim = SIZES[name]
-        sizes = {
-            "patch_size": int(patch_size),
-            "num_layers": num_layers,
-            "num_attention_heads": num_attention_heads,
-            "attention_head_dim": attention_head_dim,
-        }
-        return cls(**{**sizes, **kwargs})
+        sizes = zip(("num_layers", "num_attention_heads", "attention_head_dim"), SIZES[name], strict=True)
+        return cls(**{"patch_size": int(patch_size), **dict(sizes), **kwargs})
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        class_labels: torch.LongTensor,
+        class_labels: torch.Tensor,
         output_hidden_states: bool = False,
         return_dict: bool = True,
-    ) -> IFSQDiTOutput | tuple[torch.Tensor, ...]:
+    ) -> IFSQDiTOutput | tuple:
         """
         Predict the velocity at a point of the path.
 
@@ -270,41 +251,9 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
 
         Returns:
             [`IFSQDiTOutput`] or `tuple`.
-
-        Raises:
-            ValueError: if a shape, a timestep or a label is not as said.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
-        predict = self._compiled_predict or type(self)._predict
-        sample, collected = predict(self, hidden_states, timestep, class_labels, output_hidden_states)
-        if not return_dict:
-            return (sample,) if collected is None else (sample, collected)
-        return IFSQDiTOutput(sample=sample, hidden_states=collected)
-
-    def compile(self, **kwargs: Any) -> None:
-        """
-        Compile the model by [`torch.compile`], all of it but the checks of its inputs, which read their values, and
-        the hooks of offloading. For the blocks alone, which takes less time, there is `compile_repeated_blocks`.
-
-        Args:
-            kwargs: arguments of `torch.compile`; `mode="reduce-overhead"` records CUDA graphs.
-        """
-        # The function of the class, not the method: a copy of the model must not run the weights of the original.
-        self._compiled_predict = torch.compile(type(self)._predict, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As of any module: what is compiled is no part of a copy or of a pickle."""
-        return {name: value for name, value in super().__getstate__().items() if name != "_compiled_predict"}
-
-    def _predict(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        output_hidden_states: bool,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-        """The velocity, and what each block gives if asked for."""
-        patch_size = self.config.patch_size
+        patch_size = self.patch_size
         grid = (hidden_states.shape[2] // patch_size, hidden_states.shape[3] // patch_size)
         device = hidden_states.device
 
@@ -312,24 +261,27 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         # In the dtype of the weights, not of the convolution's output: under autocast the residual stream is float32.
         dtype = self.patch_embed.weight.dtype
         hidden_states = hidden_states + self._fixed_positions(grid, device).to(dtype)
-        rotary = rotary_table_2d(grid, self.config.attention_head_dim, device=device)
+        rotary = rotary_table_2d(grid, self.head_dim, device=device)
         time = self.time_embed(self.time_features(timestep).to(dtype))
         condition = time + self.class_embed(self._drop_labels(class_labels))
 
-        collected = (hidden_states,) if output_hidden_states else None
+        collected = [hidden_states] if output_hidden_states else []
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, condition, rotary)
             else:
                 hidden_states = block(hidden_states, condition, rotary)
-            if collected is not None:
-                collected += (hidden_states,)
+            if output_hidden_states:
+                collected.append(hidden_states)
 
         shift, scale = self.modulation_out(F.silu(condition)).chunk(2, dim=-1)
         patches = self.proj_out(_modulate(self.norm_out(hidden_states), shift, scale))
         # (batch, rows * columns, p * p * channels) to (batch, channels, rows * p, columns * p)
         patches = patches.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, -1))
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), collected
+        sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        if not return_dict:
+            return (sample, tuple(collected)) if output_hidden_states else (sample,)
+        return IFSQDiTOutput(sample=sample, hidden_states=tuple(collected) if output_hidden_states else None)
 
     def _fixed_positions(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Sine-cosine positions, `(rows * columns, hidden_size)`: the first half of the channels is the column."""
@@ -337,55 +289,25 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
         return get_2d_sincos_pos_embed_from_grid(self.class_embed.embedding_dim, torch.stack([columns, rows])).float()
 
     def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.config.class_dropout_prob == 0:
+        if not self.training or self.class_dropout_prob == 0:
             return class_labels
-        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
-        return class_labels.masked_fill(dropped, self.config.num_classes)
+        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
+        return class_labels.masked_fill(dropped, self.num_classes)
 
     def _init_weights(self) -> None:
         """As in DiT: Xavier weights, small embeddings, and zeros where a block or the model begins as the identity."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
         for weight in (self.class_embed.weight, self.time_embed.linear_1.weight, self.time_embed.linear_2.weight):
             nn.init.normal_(weight, std=0.02)
-        for module in (self.proj_out, self.modulation_out, *[block.modulation for block in self.blocks]):
-            nn.init.zeros_(module.weight)
-
-    def _check_config(self) -> None:
-        choices = {
-            "norm_type": ("rms_norm", "layer_norm"),
-            "qk_norm": ("rms_norm", "layer_norm", None),
-            "activation_fn": ("swiglu", "gelu-approximate"),
-            "patch_size": (1, 2),
-        }
-        for name, allowed in choices.items():
-            if self.config[name] not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {self.config[name]!r}.")
-        if self.config.attention_head_dim % 4:
-            raise ValueError(
-                f"`attention_head_dim` must be a multiple of 4, for rotary positions in two dimensions, got "
-                f"{self.config.attention_head_dim}."
-            )
-        size = self.config.sample_size
-        if any(side % self.config.patch_size for side in ([size] if isinstance(size, int) else size)):
-            raise ValueError(f"`sample_size` must be a multiple of `patch_size` {self.config.patch_size}, got {size}.")
-        if not 0 <= self.config.class_dropout_prob < 1:
-            raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {self.config.class_dropout_prob}.")
-        id2label, num_classes = self.config.id2label, self.config.num_classes
-        if id2label is not None and len(id2label) != num_classes:
-            raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
-        if id2label is not None and set(id2label) != set(range(num_classes)):
-            raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {sorted(id2label)}.")
-        levels = self.config.levels
-        if levels is not None and len(levels) != self.config.in_channels:
-            raise ValueError(
-                f"`levels` must be one for each of the {self.config.in_channels} `in_channels`, got {list(levels)}."
-            )
+        modulations = [block.get_submodule("modulation") for block in self.blocks]
+        for layer in (self.proj_out, self.modulation_out, *modulations):
+            nn.init.zeros_(layer.get_parameter("weight"))
 
     def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
-        channels, patch_size = self.config.in_channels, self.config.patch_size
+        channels, patch_size = self.in_channels, self.patch_size
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % patch_size or shape[3] % patch_size:
             raise ValueError(
@@ -394,12 +316,38 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):
             )
         for name, values in (("timestep", timestep), ("class_labels", class_labels)):
             if tuple(values.shape) != shape[:1]:
-                raise ValueError(f"`{name}` must have shape ({shape[0]},), one an image, got {tuple(values.shape)}.")
+                raise ValueError(f"`{name}` must have shape ({shape[0]},), one per image, got {tuple(values.shape)}.")
         if class_labels.is_floating_point():
             raise ValueError(f"`class_labels` must be integers, got a tensor of dtype {class_labels.dtype}.")
-        if torch.compiler.is_compiling():
-            return
-        if not ((timestep >= 0) & (timestep <= 1)).all():
-            raise ValueError(f"`timestep` must be in [0, 1] (not times 1000), got {timestep.tolist()}.")
-        if class_labels.min() < 0 or class_labels.max() > self.config.num_classes:
-            raise ValueError(f"`class_labels` must be in [0, {self.config.num_classes}], got {class_labels.tolist()}.")
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    choices = {
+        "norm_type": ("rms_norm", "layer_norm"),
+        "qk_norm": ("rms_norm", "layer_norm", None),
+        "activation_fn": ("swiglu", "gelu-approximate"),
+        "patch_size": (1, 2),
+    }
+    for name, allowed in choices.items():
+        if config[name] not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {config[name]!r}.")
+    if config["attention_head_dim"] % 4:
+        raise ValueError(
+            f"`attention_head_dim` must be a multiple of 4, for rotary positions in two dimensions, got "
+            f"{config['attention_head_dim']}."
+        )
+    size = config["sample_size"]
+    if any(side % config["patch_size"] for side in as_grid(size)):
+        raise ValueError(f"`sample_size` must be a multiple of `patch_size` {config['patch_size']}, got {size}.")
+    if not 0 <= config["class_dropout_prob"] < 1:
+        raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {config['class_dropout_prob']}.")
+    id2label, num_classes = config["id2label"], config["num_classes"]
+    if id2label is not None and len(id2label) != num_classes:
+        raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
+    if id2label is not None and set(id2label) != set(range(num_classes)):
+        raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {sorted(id2label)}.")
+    levels = config["levels"]
+    if levels is not None and len(levels) != config["in_channels"]:
+        raise ValueError(
+            f"`levels` must be one for each of the {config['in_channels']} `in_channels`, got {list(levels)}."
+        )

@@ -12,15 +12,17 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    ImagePipelineOutput,
     SchedulerMixin,
     UniPCMultistepScheduler,
     VQModel,
 )
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ..guidance import check_guidance, guide
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
+from ..models.grid import as_grid
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
-from ..randomness import image_generators
+from ..randomness import draw, image_generators
 from .pipeline_utils import ClassConditionalPipeline
 
 
@@ -44,9 +46,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             in sigma = 1 - t to `shift * sigma / (1 + (shift - 1) * sigma)`. In t that is the same with `1 / shift`:
             above 1 there are more steps near the noise.
 
-    Raises:
-        ValueError: if model and tokenizer disagree on the codes or the grid, or if a weight is not finite.
-
     Example:
 
     ```py
@@ -64,8 +63,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         tokenizer: AutoencoderIFSQ | VQModel | AutoencoderKL,
         scheduler: SchedulerMixin,
     ):
-        super().__init__()
-        self._register(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
+        super().__init__(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
 
     def _check_match(self) -> None:
         transformer, tokenizer = self.transformer, self._image_tokenizer
@@ -82,8 +80,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                     f"`transformer` was trained on codes with the `{name}` {expected}, but `tokenizer` has {got}: use "
                     "the tokenizer that the model was trained with."
                 )
-        size = transformer.config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = as_grid(transformer.config.sample_size)
         if size != tokenizer.grid_size:
             raise ValueError(
                 f"`transformer` has a `sample_size` of {list(size)}, but `tokenizer` gives a grid of "
@@ -95,10 +92,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         """
         Compile the model by [`torch.compile`], all of it into one graph: the first call for a number of rows takes its
         time, later ones are faster, on GPUs most of all. Guidance in a part of the steps makes two such numbers.
-
-        Args:
-            kwargs: arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
-                `mode="reduce-overhead"` records CUDA graphs, and more than eight numbers of rows need `dynamic=True`.
+        `kwargs` are arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
+        `mode="reduce-overhead"` records CUDA graphs, and more than eight numbers of rows need `dynamic=True`.
         """
         self.transformer.compile(**{"fullgraph": True, "dynamic": False, **kwargs})
 
@@ -122,9 +117,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         Generate images.
 
         Args:
-            class_labels (`int`, `str`, or a list of them):
-                classes as ids in [0, num_classes) or as names of the model's `id2label`.
-            num_images_per_label (`int`, *optional*, defaults to 1): images of each class, next to each other.
+            class_labels, num_images_per_label, batch_size, return_dict: as in [`IFSQARPipeline`].
             num_inference_steps (`int`, *optional*, defaults to 50):
                 steps of the scheduler. Heun's method calls the model twice in each but the last.
             guidance_scale (`float`, *optional*, defaults to 1.0):
@@ -135,44 +128,45 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             snap_to_codes (`bool`, *optional*, defaults to `True`):
                 whether to round the final latents to the nearest codes before they are decoded; an `AutoencoderKL`
                 has none.
-            batch_size (`int`, *optional*):
-                images to generate at a time, if memory has no room for all. It does not change what they look like.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 one for all images or one each. An image depends on its own generator and label alone.
             latents (`torch.Tensor` of shape `(batch, channels, rows, columns)`, *optional*):
                 standard normal noise to start from instead of what `generator` draws.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"` images; `"np"` array of shape `(batch, height, width, channels)` or `"pt"` tensor of shape
-                `(batch, channels, height, width)` in [0, 1]; `"latent"` for the final latents, codes times the
-                tokenizer's `scaling_factor`.
-            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+                as in [`IFSQARPipeline`], or `"latent"` for the final latents, codes times the tokenizer's
+                `scaling_factor`.
             callback_on_step_end (`Callable`, *optional*):
                 called after each step with the pipeline, the step, the scheduler's timestep of the model's last call
-                and a dictionary with `"latents"`. It returns such a dictionary; changed latents are taken over. With
-                a `batch_size` the latents are those of the images generated at the time.
+                and a dictionary with `"latents"`, those of a batch. It returns such a dictionary; changed latents are
+                taken over.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
-
-        Raises:
-            ValueError: if an argument is out of its range, or if the scheduler is not one for flow matching.
         """
         # 1. Check and prepare the inputs.
-        self._check_inputs(num_inference_steps, guidance_scale, guidance_interval, output_type)
+        self._check_common_inputs(output_type)
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        check_guidance(guidance_scale, guidance_interval, self.transformer.config.class_dropout_prob)
+        self._check_scheduler()
         labels = self._prepare_labels(class_labels, num_images_per_label)
         batches = self._split(len(labels), batch_size)
         latents = self._prepare_latents(latents, generator, len(labels))
 
         # 2. Follow the velocity from noise to latents and decode them.
         tokenizer = self._image_tokenizer
-        images = []
+        outputs = []
         with self.progress_bar(total=num_inference_steps * len(batches)) as progress_bar:
 
             def on_step_end(step: int, timestep: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-                if callback_on_step_end is not None:
-                    latents = self._call_back(callback_on_step_end, step, timestep, latents)
                 progress_bar.update()
-                return latents
+                if callback_on_step_end is None:
+                    return latents
+                changed = self._call_back(callback_on_step_end, step, timestep, "latents", latents)
+                if isinstance(self.scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
+                    # It would go back to the latents before this step, to correct it, and so undo the change.
+                    self.scheduler.last_sample = None  # type: ignore[attr-defined]
+                return changed
 
             for batch in batches:
                 self._set_timesteps(num_inference_steps)
@@ -183,16 +177,12 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 if snap_to_codes:
                     codes = tokenizer.nearest_codes(codes)
                 if output_type == "latent":
-                    images.append(tokenizer.codes_to_latents(codes))
+                    outputs.append(tokenizer.codes_to_latents(codes))
                 else:
-                    images.append(tokenizer.decode_codes(codes))
+                    outputs.append(tokenizer.decode_codes(codes))
 
         # 3. Make pictures.
-        images = torch.cat(images)
-        if output_type != "latent":
-            images = self._postprocess(images, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._finish(outputs, output_type, return_dict)
 
     def _follow_velocity(
         self,
@@ -229,25 +219,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             )
         return latents
 
-    def _call_back(
-        self,
-        callback: Callable[[Any, int, Any, dict], dict],
-        step: int,
-        timestep: torch.Tensor,
-        latents: torch.Tensor,
-    ) -> torch.Tensor:
-        """Show the latents to the user's function and take over what it changes."""
-        changed = callback(self, step, timestep, {"latents": latents.clone()}).get("latents", latents)
-        if changed.shape != latents.shape:
-            raise ValueError(
-                f"`callback_on_step_end` must return `latents` of shape {tuple(latents.shape)}, got "
-                f"{tuple(changed.shape)}."
-            )
-        if isinstance(self.scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
-            # It would go back to the latents before this step, to correct it, and so undo the change.
-            self.scheduler.last_sample = None
-        return changed.to(latents)
-
     def _predict_velocity(
         self, latents: torch.Tensor, t: float, labels: torch.Tensor, guidance_scale: float
     ) -> torch.Tensor:
@@ -257,8 +228,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         timesteps = torch.full((len(latents),), t, device=latents.device)
         velocity = self.transformer(latents.to(self.transformer.dtype), timesteps, labels).sample.float()
         if guidance_scale > 1:
-            cond, uncond = velocity.chunk(2)
-            velocity = uncond + guidance_scale * (cond - uncond)
+            velocity = guide(velocity, guidance_scale)
         return velocity
 
     def _prepare_latents(
@@ -271,11 +241,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         shape = (self.transformer.config.in_channels, *self._image_tokenizer.grid_size)
         device = self._execution_device
         if latents is None:
-            noise = [
-                torch.randn(shape, generator=generator, device=generator.device).to(device)
-                for generator in image_generators(generator, batch_size)
-            ]
-            return torch.stack(noise)
+            return draw(torch.randn, shape, image_generators(generator, batch_size), device)
         if tuple(latents.shape) != (batch_size, *shape):
             raise ValueError(f"`latents` must have shape {(batch_size, *shape)}, got {tuple(latents.shape)}.")
         return latents.to(device, torch.float32)
@@ -301,27 +267,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         # Otherwise it looks up the first timestep, which may be rounded to the same number as the second.
         scheduler.set_begin_index(0)
 
-    def _check_inputs(
-        self,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        output_type: str,
-    ) -> None:
-        self._check_common_inputs(output_type)
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
-        if not guidance_scale >= 1.0:
-            raise ValueError(f"`guidance_scale` must be at least 1.0, which turns guidance off, got {guidance_scale}.")
-        if guidance_scale > 1.0 and self.transformer.config.class_dropout_prob == 0:
-            raise ValueError(
-                f"`guidance_scale` is {guidance_scale}, but this model was trained without class dropout "
-                "(`class_dropout_prob=0`), so its null class means nothing: use 1.0."
-            )
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(f"`guidance_interval` must be two increasing numbers in [0, 1], got {guidance_interval}.")
-        self._check_scheduler()
-
     def _check_scheduler(self) -> None:
         """Only deterministic solvers: the noise of others would not depend on an image's own generator alone."""
         scheduler, config = self.scheduler, self.scheduler.config
@@ -341,4 +286,4 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
 
 # `DiffusionPipeline.from_pretrained` looks up the class that a pipeline was saved from in diffusers itself.
-diffusers.IFSQDiTPipeline = IFSQDiTPipeline
+diffusers.IFSQDiTPipeline = IFSQDiTPipeline  # type: ignore[attr-defined]

@@ -1,17 +1,18 @@
-"""What the two class-conditional pipelines share: labels, the match of generator and tokenizer, pictures."""
+"""What the two class-conditional pipelines share: labels, the match of model and tokenizer, pictures."""
 
 import difflib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
-from PIL import Image
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import nn
 
+from ..cpu_kernels import enable_cpu_kernels
 from ..models.image_tokenizer import ImageTokenizer, as_image_tokenizer
 
 
@@ -22,50 +23,43 @@ for module in ("autoencoder_ifsq", "modeling_ifsq_ar", "transformer_ifsq_dit"):
     LOADABLE_CLASSES.setdefault(f"hf_ifsq.models.{module}", {})
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(DiffusionPipeline, ABC):
     """
-    Base of pipelines of a class-conditional generator, `transformer`, and an image tokenizer, `tokenizer`. The names
-    of the classes come from the `id2label` of the generator's config.
+    Base of pipelines of a class-conditional AR model or DiT, `transformer`, and an image tokenizer, `tokenizer`. The
+    names of the classes come from the `id2label` of the `transformer`'s config.
     """
 
-    model_cpu_offload_seq = "transformer->tokenizer"
+    model_cpu_offload_seq = "transformer->tokenizer"  # type: ignore[assignment]
 
-    def _register(self, **components: Any) -> None:
+    def __init__(self, **components: Any):
+        super().__init__()
         self.register_modules(**components)
         for name, component in components.items():
             if isinstance(component, nn.Module):
                 check_finite_weights(component, name)
         self._check_match()
-        factor = self._image_tokenizer.downsampling_factor
-        self.image_processor = VaeImageProcessor(vae_scale_factor=factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self._image_tokenizer.downsampling_factor)
 
     @property
     def _image_tokenizer(self) -> ImageTokenizer:
         return as_image_tokenizer(self.tokenizer)
 
+    @abstractmethod
     def _check_match(self) -> None:
-        """Raises a `ValueError` if generator and tokenizer disagree."""
-        raise NotImplementedError
+        """Raises a `ValueError` if `transformer` and `tokenizer` disagree."""
+
+    def enable_cpu_kernels(self) -> None:
+        """Faster products in float32 on some CPUs: [`~hf_ifsq.cpu_kernels.enable_cpu_kernels`] of `transformer`."""
+        enable_cpu_kernels(self.transformer)
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class names and their ids, in the order of the ids; empty if the generator's config has no `id2label`."""
+        """Class names and their ids, in the order of the ids; empty if the config has no `id2label`."""
         id2label = self.transformer.config.id2label or {}
         return {name: class_id for class_id, name in sorted((int(key), name) for key, name in id2label.items())}
 
     def get_label_ids(self, names: str | Sequence[str]) -> list[int]:
-        """
-        Look up class names.
-
-        Args:
-            names (`str` or `list[str]`): one or more of the names in `labels`.
-
-        Returns:
-            `list[int]`: their ids.
-
-        Raises:
-            ValueError: if a name is unknown, where the message suggests the closest ones, or that of several classes.
-        """
+        """The ids of one or more of the names in `labels`; an unknown one is an error that suggests the closest."""
         labels = self.labels
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
@@ -77,7 +71,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 containing = [other for other in labels if name and name.lower() in other.lower()]
                 similar = difflib.get_close_matches(name, labels, n=5, cutoff=0.3)
                 close = (containing or similar or list(labels))[:5]
-                hint = f"Did you mean one of {close}?" if labels else "The generator's config has no `id2label`."
+                hint = f"Did you mean one of {close}?" if labels else "The model's config has no `id2label`."
                 raise ValueError(
                     f"`class_labels` has {name!r}, which is none of the {len(labels)} class names. {hint}"
                 )
@@ -106,12 +100,29 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return torch.tensor(ids, device=self._execution_device)
 
     def _split(self, num_images: int, batch_size: int | None) -> list[slice]:
-        """The images that go through the generator together."""
+        """The images that go through `transformer` together."""
         if batch_size is None:
             batch_size = num_images
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         return [slice(start, start + batch_size) for start in range(0, num_images, batch_size)]
+
+    def _call_back(
+        self,
+        callback: Callable[[Any, int, Any, dict], dict],
+        step: int,
+        timestep: Any,
+        name: str,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Show values to the user's function and return what it makes of them."""
+        changed = callback(self, step, timestep, {name: values.clone()}).get(name, values)
+        if changed.shape != values.shape or changed.is_floating_point() != values.is_floating_point():
+            raise ValueError(
+                f"`callback_on_step_end` must return `{name}` of shape {tuple(values.shape)} and {values.dtype}, got "
+                f"{tuple(changed.shape)} and {changed.dtype}."
+            )
+        return changed.to(values)
 
     def _check_common_inputs(self, output_type: str) -> None:
         self._check_match()
@@ -121,22 +132,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
 
-    def _postprocess(self, sample: torch.Tensor, output_type: str) -> list[Image.Image] | np.ndarray | torch.Tensor:
-        """Images in [-1, 1] to PIL images, or to an array or tensor in [0, 1]."""
-        return self.image_processor.postprocess(sample.float(), output_type=output_type)
+    def _finish(self, outputs: list[torch.Tensor], output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """Batches of images in [-1, 1] as PIL images, or as an array or tensor in [0, 1]; latents as they are."""
+        images = torch.cat(outputs)
+        if output_type != "latent":
+            images = self.image_processor.postprocess(images.float(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        # diffusers says nothing of tensors, which its own pipelines give too.
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:
-    """
-    Raise an error if a weight is NaN or infinite, which would give a picture of noise or nothing.
-
-    Args:
-        model (`torch.nn.Module`): a model; weights on the meta device and integer weights are passed over.
-        name (`str`): what to call it in the message.
-
-    Raises:
-        ValueError: with the names of the first weights that are not finite.
-    """
+    """Raise a `ValueError` if a weight of a model is NaN or infinite: the picture would be noise, or none."""
     bad = [
         key
         for key, weight in model.named_parameters()

@@ -21,7 +21,7 @@ def test_ar(load, tmp_path, capsys):
     args = script.BenchmarkArguments(
         sizes=["S"],
         batch_sizes=[2],
-        variants=["floor", "ours", "Llama", "no cache"],
+        variants=["floor", "ours", "ours, CPU kernels", "Llama", "no cache"],
         vocab_sizes=[20],
         grid_size=[2, 2],
         device="cpu",
@@ -33,18 +33,23 @@ def test_ar(load, tmp_path, capsys):
     assert [(row["guidance"], row["variant"]) for row in rows] == [
         (guidance, variant) for guidance in ("no", "yes") for variant in args.variants
     ]
-    assert all(row["images a second"] > 0 and row["first token (ms)"] > 0 for row in rows)
-    assert capsys.readouterr().out.count("\n| S |") == 8
+    assert all(row["images per second"] > 0 and row["first token (ms)"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("\n| S |") == 10
 
 
 def test_dit(load, capsys):
     script = load("benchmark_dit")
     args = script.BenchmarkArguments(
-        sizes=["S/2"], batch_sizes=[1], variants=["floor", "ours", "diffusers"], sample_size=4, device="cpu", turns=1
+        sizes=["S/2"],
+        batch_sizes=[1],
+        variants=["floor", "ours", "ours, CPU kernels", "diffusers"],
+        sample_size=4,
+        device="cpu",
+        turns=1,
     )
     rows = script.main(args)
     assert [row["variant"] for row in rows] == args.variants
-    assert all(row["a step (ms)"] > 0 for row in rows)
+    assert all(row["per step (ms)"] > 0 for row in rows)
 
 
 def test_memory_of_training(load):

@@ -1,0 +1,52 @@
+"""Classifier-free guidance, of the AR model and of the DiT."""
+
+import math
+
+import torch
+
+
+# Strength of guidance over a sequence: from progress in [0, 1] to a share of `guidance_scale - 1` in [0, 1].
+GUIDANCE_SCHEDULES = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+}
+
+
+def check_guidance(
+    guidance_scale: float,
+    guidance_interval: tuple[float, float],
+    class_dropout_prob: float,
+    schedule: str = "constant",
+) -> None:
+    """Raise a `ValueError` if an argument is out of its range, or if the model cannot be guided."""
+    if not 1.0 <= guidance_scale < math.inf:
+        raise ValueError(f"`guidance_scale` must be at least 1.0, which turns guidance off, got {guidance_scale}.")
+    if guidance_scale > 1.0 and class_dropout_prob == 0:
+        raise ValueError(
+            f"`guidance_scale` is {guidance_scale}, but this model was trained without class dropout "
+            "(`class_dropout_prob=0`) and has no null class: use 1.0."
+        )
+    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise ValueError(f"`guidance_interval` must be two increasing numbers in [0, 1], got {guidance_interval}.")
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"`guidance_schedule` must be one of {list(GUIDANCE_SCHEDULES)}, got {schedule!r}.")
+
+
+def guidance_scales(num_tokens: int, scale: float, schedule: str, interval: tuple[float, float]) -> list[float]:
+    """
+    Strength of guidance at each of `num_tokens` tokens. The progress of token i is `i / (num_tokens - 1)`: with it the
+    strength grows from 1.0 to `scale` as `schedule` says, and it is 1.0 where the progress is not in `interval`.
+    """
+    scales = []
+    for token in range(num_tokens):
+        progress = token / max(num_tokens - 1, 1)
+        guided = interval[0] <= progress <= interval[1]
+        scales.append(1 + guided * (scale - 1) * GUIDANCE_SCHEDULES[schedule](progress))
+    return scales
+
+
+def guide(predictions: torch.Tensor, scale: float) -> torch.Tensor:
+    """Of conditional rows and as many unconditional ones after them, `uncond + scale * (cond - uncond)`."""
+    cond, uncond = predictions.chunk(2)
+    return uncond + scale * (cond - uncond)

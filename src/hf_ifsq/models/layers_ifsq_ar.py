@@ -1,0 +1,222 @@
+"""The transformer layers of the AR model."""
+
+from collections.abc import Iterable
+from typing import Protocol, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_ifsq_ar import IFSQARConfig
+from .rotary import apply_rotary_2d
+
+
+class KeyValues(Protocol):
+    """What attention asks of a cache, be it one of transformers' or a decoder's."""
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, /) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take in new states, `(batch, heads, positions, head_dim)`, and return all that there are to attend to."""
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain matrix products, behind `attn_implementation="eager"`."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class IFSQARAttention(nn.Module):
+    """Causal self-attention with two-dimensional rotary positions."""
+
+    def __init__(self, config: IFSQARConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | BlockMask | None,
+        past_key_values: KeyValues | None,
+    ) -> torch.Tensor:
+        """`(batch, sequence, hidden_size)` to the same."""
+        batch, sequence, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, sequence, 3, self.num_heads, self.head_dim)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        query, key = apply_rotary_2d(qkv[:2], *position_embeddings)
+        value = qkv[2]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attn_output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling)
+        return self.o_proj(attn_output.reshape(batch, sequence, -1))
+
+
+class IFSQARMLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, config: IFSQARConfig):
+        super().__init__()
+        # The config has put a number where there was none.
+        intermediate_size = cast(int, config.intermediate_size)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., hidden_size)` to the same."""
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class IFSQARDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer with dropout on both residual branches."""
+
+    def __init__(self, config: IFSQARConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = IFSQARAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = IFSQARMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | BlockMask | None = None,
+        past_key_values: KeyValues | None = None,
+    ) -> torch.Tensor:
+        """`(batch, sequence, hidden_size)` to the same."""
+        attn_output = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + self.dropout(attn_output)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | BlockMask | None = None,
+    past_key_values: KeyValues | None = None,
+    outputs: list[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """`(batch, sequence, hidden_size)` through layers one after another; `outputs` takes in the output of each."""
+    for layer in layers:
+        hidden_states = layer(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        if outputs is not None:
+            outputs.append(hidden_states)
+    return hidden_states
+
+
+class KeyValueCache:
+    """
+    Keys and values of layers that run one position of a sequence at a time, in memory that is allocated once, as in
+    gpt-fast (https://github.com/pytorch-labs/gpt-fast).
+
+    Args:
+        length (`int`): positions that it holds.
+        device (`torch.device`): of `position`; the memory of a layer is on the layer's own.
+    """
+
+    def __init__(self, length: int, device: torch.device):
+        self.length = length
+        self.memory: list[torch.Tensor] = []
+        # Where is written, and how many positions are read.
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.readable = length
+
+    def allocate(self, like: torch.Tensor) -> None:
+        """The memory of the next layer, for keys of `(rows, heads, 1, head_dim)`, its dtype and its device."""
+        rows, num_heads, _, head_dim = like.shape
+        self.memory.append(like.new_zeros(2, rows, num_heads, self.length, head_dim))
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `(rows, heads, 1, head_dim)`, of the first rows or of all, and return what attention reads."""
+        if layer_idx == len(self.memory):
+            self.allocate(key)
+        keys, values = self.memory[layer_idx][:, : len(key)]
+        position = self.position.to(key.device)
+        keys.index_copy_(2, position, key)
+        values.index_copy_(2, position, value)
+        return keys[:, :, : self.readable], values[:, :, : self.readable]
+
+
+class Decoder(nn.Module):
+    """
+    Layers that run one position of a sequence at a time. As it is made, attention reads what was written so far alone.
+    After `setup` it reads the whole cache behind a mask, and neither shapes nor addresses change: what compilers and
+    CUDA graphs need.
+
+    Args:
+        layers (`torch.nn.ModuleList`): decoder layers, which stay the model's own.
+        rotary (`tuple[torch.Tensor, torch.Tensor]`): cosines and sines of each position, `(length, head_dim)`.
+    """
+
+    def __init__(self, layers: nn.ModuleList, rotary: tuple[torch.Tensor, torch.Tensor]):
+        super().__init__()
+        # Neither weights nor buffers are registered: a decoder has none of its own.
+        self.layers = tuple(layers)
+        self.cos, self.sin = rotary
+        self.cache = KeyValueCache(len(self.cos), self.cos.device)
+        self.mask: torch.Tensor | None = None
+
+    def setup(self, rows: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate the cache for `rows` rows at most, each layer's on its device."""
+        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        length, head_dim = self.cos.shape
+        self.cache = KeyValueCache(length, device)
+        for layer in self.layers:
+            layer_device = next(layer.parameters()).device
+            self.cache.allocate(torch.empty(rows, num_heads, 1, head_dim, dtype=dtype, device=layer_device))
+        for tensor in (self.cache.position, *self.cache.memory):
+            # CUDA graphs would not be recorded otherwise, since they change it.
+            torch._dynamo.mark_static_address(tensor)
+        self.mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)[None, None]
+
+    def step(self, hidden_states: torch.Tensor, position: int) -> torch.Tensor:
+        """Run `(rows, 1, hidden_size)` at a position through the layers, after all positions before it."""
+        here = slice(position, position + 1)
+        self.cache.position.fill_(position)
+        if self.mask is None:
+            self.cache.readable = position + 1
+        mask = None if self.mask is None else self.mask[:, :, here]
+        return self(hidden_states, (self.cos[here], self.sin[here]), mask, self.cache)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        cache: KeyValueCache,
+    ) -> torch.Tensor:
+        """What `compile` compiles: `(rows, 1, hidden_size)` to the same."""
+        return run_layers(self.layers, hidden_states, position_embeddings, attention_mask, cache)
