@@ -45,9 +45,10 @@ class TokenizationArguments(DataArguments):
     images_per_shard: int = argument(20_000, "Rows of a file.")
     hub_dataset_id: str | None = argument(None, "Dataset repository on the Hub; by default the name of `output_dir`.")
 
+    POSITIVE = (*DataArguments.POSITIVE, "batch_size", "images_per_shard")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_at_least_one("batch_size", "images_per_shard")
         if self.num_augmentations < 0:
             raise ValueError(f"`num_augmentations` must be at least 0, got {self.num_augmentations}.")
         if self.num_augmentations == 0 and (self.random_flip or self.min_crop_scale < 1):

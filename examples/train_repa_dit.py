@@ -45,9 +45,7 @@ class DiTTrainingArguments(GeneratorArguments):
     repa_weight: float = argument(0.5, "Weight of the alignment loss.")
     num_inference_steps: int = argument(50, "Euler steps of the validation pictures.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_at_least_one("num_inference_steps")
+    POSITIVE = (*GeneratorArguments.POSITIVE, "num_inference_steps")
 
 
 def main(args: DiTTrainingArguments) -> dict[str, float]:

@@ -55,16 +55,15 @@ class DataArguments:
     subclass.
     """
 
-    # The arguments of which one names the data.
+    # The arguments of which one names the data, and those that are at least 1.
     SOURCES: ClassVar[tuple[str, ...]] = ("dataset_name", "train_data_dir")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("resolution", "max_train_samples")
 
     config: str | None = argument(None, "YAML file with arguments; arguments of the command line override it.")
     output_dir: str = argument("outputs/result", "Folder of the result.")
     seed: int = argument(0, "Seed of everything random.")
 
-    dataset_name: str | None = argument(
-        None, "Images: a dataset of the Hub, or a local folder or parquet file that `datasets` can load."
-    )
+    dataset_name: str | None = argument(None, "Images: a dataset of the Hub, or a local folder or parquet file.")
     dataset_config_name: str | None = argument(None, "Configuration of the dataset, if it has several.")
     train_data_dir: str | None = argument(None, "Images: a folder in the layout of `datasets`' imagefolder.")
     train_split: str | None = argument(None, "Split to train on; by default `train`, or the only one there is.")
@@ -72,13 +71,9 @@ class DataArguments:
     image_column: str = argument("image", "Column of the dataset with the images.")
     label_column: str = argument("label", "Column of the dataset with the class labels.")
     max_train_samples: int | None = argument(None, "Train on only this many images, drawn by the seed.")
-    resolution: int | None = argument(
-        None, "Side in pixels of the square images; by default 256, or that of the token dataset."
-    )
+    resolution: int | None = argument(None, "Side in pixels; by default 256, or that of the token dataset.")
     center_crop: bool = argument(False, "Crop squares from the middle of the training images, not at random.")
-    min_crop_scale: float = argument(
-        1.0, "Side of the smallest random crop over the short side of the image; crops are resized to `resolution`."
-    )
+    min_crop_scale: float = argument(1.0, "Side of the smallest random crop over the short side of the image.")
     random_flip: bool = argument(False, "Flip half of the training images from left to right.")
     dataloader_num_workers: int = argument(0, "Processes that load images, for each process of the script.")
 
@@ -92,15 +87,12 @@ class DataArguments:
             raise ValueError(f"Give exactly one of {', '.join(names)} or {last_name}, got {sources}.")
         if self.resolution is None and (self.dataset_name or self.train_data_dir):
             self.resolution = 256
-        self._check_at_least_one("resolution", "max_train_samples")
-        if not 0 < self.min_crop_scale <= 1:
-            raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
-
-    def _check_at_least_one(self, *names: str) -> None:
-        for name in names:
+        for name in self.POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments by name."""
@@ -116,6 +108,12 @@ class DataArguments:
 class TrainingArguments(DataArguments):
     """Arguments under the names of diffusers' training examples."""
 
+    POSITIVE = (
+        *DataArguments.POSITIVE,
+        *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_validation_samples"),
+        *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
+    )
+
     output_dir: str = argument("outputs/model", "Folder of the trained model, its model card and its checkpoints.")
     max_validation_samples: int = argument(1000, "Validate on at most this many images, drawn by the seed.")
 
@@ -124,9 +122,7 @@ class TrainingArguments(DataArguments):
     max_train_steps: int | None = argument(None, "Number of optimizer steps.")
     gradient_accumulation_steps: int = argument(1, "Forward passes per optimizer step.")
     gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass to save memory.")
-    mixed_precision: str | None = argument(
-        None, "`no`, `fp16` or `bf16`; by default as `accelerate` is configured.", choices=["no", "fp16", "bf16"]
-    )
+    mixed_precision: str | None = argument(None, "By default as configured.", choices=["no", "fp16", "bf16"])
 
     learning_rate: float = argument(1e-4, "Learning rate after the warmup.")
     lr_scheduler: str = argument("constant", "Schedule of the learning rate, a name of `diffusers.optimization`.")
@@ -145,24 +141,12 @@ class TrainingArguments(DataArguments):
     tracker_project_name: str = argument("hf-ifsq", "Project name in the tracker.")
     checkpointing_steps: int = argument(500, "Steps between two checkpoints to resume from.")
     checkpoints_total_limit: int | None = argument(None, "Checkpoints to keep; the oldest are removed.")
-    resume_from_checkpoint: str | None = argument(
-        None, "Checkpoint folder to resume from, or `latest` for the last one in `output_dir`."
-    )
+    resume_from_checkpoint: str | None = argument(None, "Checkpoint to resume from, or `latest` of `output_dir`.")
 
     hub_model_id: str | None = argument(None, "Repository on the Hub; by default the name of `output_dir`.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_at_least_one(
-            "train_batch_size",
-            "max_train_steps",
-            "max_validation_samples",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "validation_steps",
-            "checkpointing_steps",
-            "checkpoints_total_limit",
-        )
         for name in ("learning_rate", "max_grad_norm", "num_train_epochs"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
@@ -181,31 +165,27 @@ class TrainingArguments(DataArguments):
 
 @dataclass
 class GeneratorArguments(TrainingArguments):
-    """
-    What the two generators have in common: tokens instead of images, the tokenizer, alignment, validation pictures.
-    """
+    """What both generators take: tokens instead of images, the tokenizer, alignment, validation pictures."""
 
-    SOURCES: ClassVar[tuple[str, ...]] = ("token_dataset", "dataset_name", "train_data_dir")
+    SOURCES = ("token_dataset", "dataset_name", "train_data_dir")
+    POSITIVE = (*TrainingArguments.POSITIVE, "num_images_per_label", "guidance_scale")
 
     token_dataset: str | None = argument(
-        None, "Tokens instead of images: a folder that `tokenize_dataset.py` wrote, or a dataset of the Hub with one."
+        None, "Tokens in place of images, of `tokenize_dataset.py`: a folder or Hub name."
     )
-    tokenizer: str | None = argument(
-        None, "Tokenizer: a folder or a Hub name; by default the one that made the token dataset."
-    )
+    tokenizer: str | None = argument(None, "Folder or Hub name; by default the one that made the token dataset.")
     class_dropout_prob: float = argument(0.1, "Share of labels dropped, for guidance.")
     teacher: str | None = argument(None, "Vision model to align with: a folder or Hub name.")
     repa_depth: int | None = argument(None, "Layer whose output is aligned; by default at a third of the depth.")
     projector_dim: int = argument(2048, "Width of the alignment's projector.")
     cknna_depth: int | None = argument(
-        None, "Layer whose output validations compare with the teacher by CKNNA; by default the one that is aligned."
+        None, "Layer that validations compare with the teacher; by default the aligned."
     )
     num_images_per_label: int = argument(4, "Images of each class in a validation picture.")
     guidance_scale: float = argument(1.0, "Guidance of the validation pictures.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_at_least_one("num_images_per_label", "guidance_scale")
         if self.guidance_scale > 1 and self.class_dropout_prob == 0:
             raise ValueError(
                 f"`guidance_scale` of the validation pictures must be 1.0 without `class_dropout_prob`, which trains "
@@ -232,10 +212,9 @@ class GeneratorArguments(TrainingArguments):
         transform = ImageTransform(channels=tokenizer.in_channels, **values_for(ImageTransform, self))
         teacher = None
         if self.teacher is not None:
-            rows, columns = (side // patch_size for side in tokenizer.grid_size)
-            teacher = Teacher(self.teacher, (rows, columns)).to(device)
-        columns_of_rows = {"image_column": self.image_column, "label_column": self.label_column}
-        return TokenSource.from_images(train, validation, tokenizer, transform, teacher=teacher, **columns_of_rows)
+            teacher = Teacher(self.teacher, [side // patch_size for side in tokenizer.grid_size]).to(device)
+        columns = (self.image_column, self.label_column)
+        return TokenSource.from_images(train, validation, tokenizer, transform, *columns, teacher)
 
     def alignment_depths(self, num_layers: int) -> tuple[int, int]:
         """

@@ -45,26 +45,14 @@ class TrainingRun:
 
     Args:
         output_dir (`str`): where everything is written.
-        seed (`int`, *optional*, defaults to 0): seed of everything random.
-        train_batch_size (`int`, *optional*, defaults to 16): images per device and forward pass.
-        gradient_accumulation_steps (`int`, *optional*, defaults to 1): forward passes per optimizer step.
-        num_train_epochs (`float`, *optional*, defaults to 100), max_train_steps (`int`, *optional*):
-            when training ends; epochs count without a number of steps.
-        mixed_precision (`str`, *optional*): `no`, `fp16` or `bf16`; by default as `accelerate` is configured.
-        dataloader_num_workers (`int`, *optional*, defaults to 0): processes that load images.
-        use_ema (`bool`, *optional*, defaults to `False`), ema_decay (`float`, *optional*, defaults to 0.9999):
-            whether to keep a moving average of the weights, and its decay, which is lower in the first steps.
-        logging_steps, validation_steps, checkpointing_steps (`int`, *optional*): steps between two of each.
-        checkpoints_total_limit (`int`, *optional*): checkpoints to keep; the oldest are removed.
-        resume_from_checkpoint (`str`, *optional*): a checkpoint folder, or `latest`.
-        report_to (`str`, *optional*, defaults to `"none"`), tracker_project_name (`str`, *optional*): tracker.
-        push_to_hub (`bool`), hub_model_id (`str`), hub_private_repo (`bool`), *optional*: whether and where to push.
         arguments (`Mapping[str, Any]`, *optional*): what the tracker shows as the configuration of the run.
+        others: the arguments of the same names of the training scripts, see
+            [`~hf_ifsq.training.arguments.TrainingArguments`].
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): devices, processes, mixed precision, gradient accumulation.
         global_step (`int`): optimizer steps done.
-        saved_model (`torch.nn.Module`):
+        saved_model (`ModelMixin` or `PreTrainedModel`):
             known after `prepare`: what is validated, saved and pushed. It is a plain model beside the trained one, in
             evaluation mode and in the precision of its weights, whatever wrappers of autocast, compilation or several
             processes the trained one is in. It holds the moving average or, without one, the very weights that train.

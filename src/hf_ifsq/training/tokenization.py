@@ -1,6 +1,7 @@
 """Images to a token dataset: files of rows, each of which is written once, whatever becomes of the process."""
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -126,20 +127,15 @@ class TokenDatasetWriter:
         if any(self.folder.glob("data/*")):
             raise ValueError(f"`output_dir` {self.folder} has data of something else: choose another folder.")
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
-        _write_whole(self._unfinished, self.info.to_json())
+        _write_whole(self._unfinished, json.dumps(asdict(self.info), indent=2) + "\n")
 
     def shards(self, split: str) -> list[Shard]:
         """All files of a split, in the order of their rows."""
         num_rows, rows_per_shard = self.info.num_rows[split], self.info.shards["images_per_shard"]
         starts = range(0, num_rows, rows_per_shard)
-        return [
-            Shard(
-                start,
-                min(start + rows_per_shard, num_rows),
-                self.folder / "data" / f"{split}-{number:05d}-of-{len(starts):05d}.parquet",
-            )
-            for number, start in enumerate(starts)
-        ]
+        names = [f"{split}-{number:05d}-of-{len(starts):05d}.parquet" for number in range(len(starts))]
+        ends = [min(start + rows_per_shard, num_rows) for start in starts]
+        return [Shard(start, end, self.folder / "data" / name) for start, end, name in zip(starts, ends, names)]
 
     @contextlib.contextmanager
     def open(self, shard: Shard) -> Iterator[Callable[..., None]]:

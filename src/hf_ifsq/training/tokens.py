@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,7 @@ class TokenDatasetInfo:
         resolution (`int`): side in pixels of the images.
         teacher (`dict` or `None`): `name_or_path` and `hidden_size` of the stored features, if any.
         num_rows (`dict[str, int]`): rows of each split.
-        images (`dict`): what chose and cut the images.
-        shards (`dict`): what grouped the images into batches and files.
+        images, shards (`dict`): what chose and cut the images, and grouped them into batches and files.
         hf_ifsq_version (`str`): version of this package that made the rows.
     """
 
@@ -58,7 +57,12 @@ class TokenDatasetInfo:
     def load(cls, name_or_path: str) -> "TokenDatasetInfo":
         """Read the description of a token dataset, which is a folder or a name on the Hub."""
         file = Path(name_or_path, INFO_FILE)
-        if not Path(name_or_path).is_dir():
+        if Path(name_or_path).is_dir() and not file.is_file():
+            raise ValueError(
+                f"`token_dataset` {name_or_path!r} has no {INFO_FILE}: it is not a token dataset, or one that is not "
+                "finished, which the same `tokenize_dataset.py` command goes on with."
+            )
+        if not file.is_file():
             try:
                 file = Path(hf_hub_download(name_or_path, INFO_FILE, repo_type="dataset"))
             except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
@@ -66,25 +70,15 @@ class TokenDatasetInfo:
                     f"`token_dataset` must be a folder that `tokenize_dataset.py` wrote or a dataset of the Hub with "
                     f"a {INFO_FILE}, got {name_or_path!r}: {error}"
                 ) from error
-        elif not file.is_file():
-            raise ValueError(
-                f"`token_dataset` {name_or_path!r} has no {INFO_FILE}: it is not a token dataset, or one that is not "
-                "finished, which the same `tokenize_dataset.py` command goes on with."
-            )
         return cls.from_file(file)
 
     @classmethod
     def from_file(cls, file: Path) -> "TokenDatasetInfo":
         """Read a `token_dataset.json`."""
-        content = json.loads(file.read_text(encoding="utf-8"))
         try:
-            return cls(**content)
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
         except TypeError as error:
             raise ValueError(f"{file} was written by another version of this package: {error}.") from error
-
-    def to_json(self) -> str:
-        """The content of the file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
 
     @property
     def num_tokens(self) -> int:
@@ -121,25 +115,25 @@ def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict
     # The check below says more than the one of `datasets`.
     splits = datasets.load_dataset(name_or_path, verification_mode="no_checks")
     num_rows = {name: len(rows) for name, rows in splits.items()}
+    title, size = f"`token_dataset` {name_or_path!r}", info.tokenizer["codebook_size"]
     if num_rows != info.num_rows:
-        raise ValueError(f"`token_dataset` {name_or_path!r} must have the rows {info.num_rows}, but has {num_rows}.")
-    codebook_size = info.tokenizer["codebook_size"]
+        raise ValueError(f"{title} must have the rows {info.num_rows}, but has {num_rows}.")
     for name, rows in splits.items():
         feature = rows.features.get("indices")
         if getattr(feature, "length", None) != info.num_tokens:
             raise ValueError(
-                f"`token_dataset` {name_or_path!r} must have a column `indices` of {info.num_tokens} tokens per row, "
-                f"but that of the split {name!r} is {feature}."
+                f"{title} must have a column `indices` of {info.num_tokens} tokens per row, but that of the split "
+                f"{name!r} is {feature}."
             )
         for chunk in rows.data.column("indices").chunks:
             tokens = chunk.flatten()
-            bounds = pc.min_max(tokens).as_py()
+            low, high = pc.min_max(tokens).as_py().values()
             if len(tokens) != len(chunk) * info.num_tokens or tokens.null_count:
-                raise ValueError(f"`token_dataset` {name_or_path!r} has missing tokens in the split {name!r}.")
-            if len(chunk) and (bounds["min"] < 0 or bounds["max"] >= codebook_size):
+                raise ValueError(f"{title} has missing tokens in the split {name!r}.")
+            if len(chunk) and (low < 0 or high >= size):
                 raise ValueError(
-                    f"`token_dataset` {name_or_path!r} must have `indices` in [0, {codebook_size}), the codebook, but "
-                    f"those of the split {name!r} span [{bounds['min']}, {bounds['max']}]."
+                    f"{title} must have `indices` in [0, {size}), the codebook, but those of the split {name!r} span "
+                    f"[{low}, {high}]."
                 )
     return splits
 
@@ -161,12 +155,10 @@ class TokenDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
         row = self.rows[key[0] if isinstance(key, tuple) else key]
-        item = {
-            "indices": torch.from_numpy(_first_row(row["indices"]).astype(np.int64)),
-            "class_labels": torch.tensor(row["label"][0].as_py()),
-        }
+        # Copies: what lies in a memory-mapped file is read-only.
+        item = {"indices": torch.from_numpy(_first_row(row["indices"]).astype(np.int64))}
+        item["class_labels"] = torch.tensor(row["label"][0].as_py())
         if "teacher_features" in row.column_names:
-            # A copy: what lies in a memory-mapped file is read-only.
             item["teacher_features"] = torch.from_numpy(_first_row(row["teacher_features"]).copy())
         return item
 
@@ -212,13 +204,13 @@ class TokenSource:
         self.id2label = id2label
         self.teacher = teacher
         self.teacher_hidden_size = teacher_hidden_size if teacher is None else teacher.hidden_size
-        self.measures_cknna = self.teacher_hidden_size is not None and validation_data is not None
-        if self.measures_cknna and len(validation_data or ()) <= CKNNA_NEIGHBORS:
+        count = 0 if validation_data is None or self.teacher_hidden_size is None else len(validation_data)
+        self.measures_cknna = count > CKNNA_NEIGHBORS
+        if 0 < count <= CKNNA_NEIGHBORS:
             logger.warning(
                 f"Validations leave out CKNNA, which takes more than {CKNNA_NEIGHBORS} images, its number of nearest "
-                f"neighbours: there are {len(validation_data or ())}."
+                f"neighbours: there are {count}."
             )
-            self.measures_cknna = False
 
     @classmethod
     def from_images(
