@@ -19,6 +19,7 @@ test-slow: $(VENV)/.test
 quality: $(VENV)/.quality
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 style: $(VENV)/.quality
 	$(RUN) -m ruff check --fix .

@@ -17,7 +17,7 @@ extras = {
         "torchmetrics>=1.9",
         "vector-quantize-pytorch",
     ],
-    "quality": ["ruff"],
+    "quality": ["mypy", "ruff", "types-PyYAML"],
     "docs": ["hf-doc-builder"],
 }
 extras["dev"] = sorted({requirement for extra in extras.values() for requirement in extra})
