@@ -9,7 +9,7 @@ With `--token_dataset outputs/tokens`, which `tokenize_dataset.py` writes, in pl
 arguments: `--help`.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class ARTrainingArguments(GeneratorArguments):
 
 
 def main(args: ARTrainingArguments) -> dict[str, float]:
-    run = TrainingRun(**values_for(TrainingRun, args), arguments=args.to_dict())
+    run = TrainingRun(**values_for(TrainingRun, args), arguments=asdict(args))
     accelerator = run.accelerator
 
     # 1. Data: images or their tokens, class names, tokenizer and teacher.
@@ -80,7 +80,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
     # 3. Optimizer.
     parameters = [parameter for module in (model, *alignments) for parameter in module.parameters()]
     optimizer, lr_scheduler = make_optimizer(
-        parameters, run.max_train_steps, accelerator.num_processes, **values_for(make_optimizer, args)
+        parameters, run.num_steps, accelerator.num_processes, **values_for(make_optimizer, args)
     )
     model, optimizer, lr_scheduler, train_loader, *alignments = run.prepare(
         model, optimizer, lr_scheduler, train_loader, *alignments
@@ -139,7 +139,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         f"image = pipe({id2label[0]!r}).images[0]",
         facts=args.facts(tokenizer.model.config.sample_size, run.saved_model.num_parameters()) | run.facts(),
         metrics=metrics,
-        arguments=args.to_dict(),
+        arguments=asdict(args),
         pipeline_tag="unconditional-image-generation",
     )
     run.finish(card)

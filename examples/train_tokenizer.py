@@ -8,7 +8,7 @@ The output is a folder for `from_pretrained` of `AutoencoderIFSQ`, or of diffuse
 arguments: `--help`.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -93,7 +93,7 @@ class TokenizerTrainingArguments(TrainingArguments):
 
 
 def main(args: TokenizerTrainingArguments) -> dict[str, float]:
-    run = TrainingRun(**values_for(TrainingRun, args), arguments=args.to_dict())
+    run = TrainingRun(**values_for(TrainingRun, args), arguments=asdict(args))
     accelerator = run.accelerator
 
     # 1. Data.
@@ -129,12 +129,12 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     weight = BOTTLENECK_WEIGHTS.get(args.bottleneck, 0.0) if args.bottleneck_weight is None else args.bottleneck_weight
     weights = {"perceptual": args.perceptual_weight, "bottleneck": weight, "adversarial": args.discriminator_weight}
     losses = TokenizerLosses(args.reconstruction_loss, lpips, weights)
-    start = run.max_train_steps if args.discriminator_start_step is None else args.discriminator_start_step
-    discriminator_steps = range(start, run.max_train_steps, 2)
+    start = run.num_steps if args.discriminator_start_step is None else args.discriminator_start_step
+    discriminator_steps = range(start, run.num_steps, 2)
 
     # 3. Optimizers. Generator and discriminator take turns, and the schedule of each counts its own steps.
     optimization = {"num_processes": accelerator.num_processes, **values_for(make_optimizer, args)}
-    num_generator_steps = run.max_train_steps - len(discriminator_steps)
+    num_generator_steps = run.num_steps - len(discriminator_steps)
     optimizer, lr_scheduler = make_optimizer(tokenizer.parameters(), num_generator_steps, **optimization)
     adversary = []
     if args.discriminator_start_step is not None:
@@ -196,7 +196,7 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
         usage=f'from {library} import {name}\n\ntokenizer = {name}.from_pretrained("{run.model_name}")',
         facts=args.facts(args.resolution, model.num_parameters()) | run.facts(),
         metrics=metrics,
-        arguments=args.to_dict(),
+        arguments=asdict(args),
         pipeline_tag="image-feature-extraction",
     )
     run.finish(card)

@@ -3,7 +3,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ def test_defaults():
     args = parse_args(TrainingArguments, ["--dataset_name", "images"])
     assert args == TrainingArguments(dataset_name="images")
     assert args.learning_rate == 1e-4 and args.max_train_steps is None and args.use_ema is False
-    assert args.to_dict().keys() == {entry.name for entry in fields(TrainingArguments)}
+    assert asdict(args).keys() == {entry.name for entry in fields(TrainingArguments)}
     assert all(entry.metadata["help"] for entry in fields(TrainingArguments))
 
 

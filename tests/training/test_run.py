@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -59,7 +60,7 @@ def start(tmp_path):
             "mixed_precision": "no",
         }
         args = TrainingArguments(**{**arguments, **overrides})
-        return TrainingRun(**values_for(TrainingRun, args), arguments=args.to_dict())
+        return TrainingRun(**values_for(TrainingRun, args), arguments=asdict(args))
 
     return make
 
@@ -99,12 +100,12 @@ def begin(run):
 
 def read_log(run):
     """Entries without the throughput, in which no two runs agree."""
-    entries = [json.loads(line) for line in (run.output_dir / "training_log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (run.folder / "training_log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in entry.items() if "_per_second" not in name} for entry in entries]
 
 
 def folders(run):
-    return sorted(path.name for path in run.output_dir.iterdir() if path.is_dir())
+    return sorted(path.name for path in run.folder.iterdir() if path.is_dir())
 
 
 # --- steps and batches ---
@@ -123,7 +124,7 @@ def folders(run):
 def test_number_of_steps(start, overrides, steps):
     run = start(**overrides)
     train(run)
-    assert run.global_step == run.max_train_steps == steps == read_log(run)[-1]["step"]
+    assert run.global_step == run.num_steps == steps == read_log(run)[-1]["step"]
     assert run.global_batch_size == 2 * overrides.get("gradient_accumulation_steps", 1)
     assert run.samples_seen == steps * run.global_batch_size
 
@@ -160,7 +161,7 @@ def test_throughput_leaves_out_validations_and_checkpoints(start, monkeypatch, t
         run.end_step(learning_rate=0.1, tokens_per_image=tokens_per_image)
         with run.untimed():
             seconds += 100
-    lines = (run.output_dir / "training_log.jsonl").read_text().splitlines()
+    lines = (run.folder / "training_log.jsonl").read_text().splitlines()
     rates = {entry["step"]: entry[f"{unit}_per_second"] for entry in map(json.loads, lines)}
     per_image = tokens_per_image or 1
     # Entries are after steps 2, 4 and 6, and before the checkpoint after step 3.
@@ -184,7 +185,7 @@ def test_a_diverged_run_leaves_no_checkpoint_of_broken_weights(start):
     run = start(logging_steps=10, checkpointing_steps=1)
     with pytest.raises(FloatingPointError):
         train(run, poison_step=4)
-    for folder in run.output_dir.glob("checkpoint-*"):
+    for folder in run.folder.glob("checkpoint-*"):
         assert torch.isfinite(Linear.from_pretrained(folder / "model").layer.weight).all(), folder.name
 
 
@@ -232,7 +233,7 @@ def test_checkpoints_are_written_and_the_newest_kept(start):
     run = start(checkpointing_steps=1, checkpoints_total_limit=3, max_train_steps=11)
     train(run)
     assert folders(run) == ["checkpoint-10", "checkpoint-11", "checkpoint-9"]
-    run = start(checkpointing_steps=4, output_dir=str(run.output_dir / "unlimited"))
+    run = start(checkpointing_steps=4, output_dir=str(run.folder / "unlimited"))
     train(run)
     assert folders(run) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
 
@@ -240,14 +241,14 @@ def test_checkpoints_are_written_and_the_newest_kept(start):
 def test_a_checkpoint_holds_a_usable_model(start):
     run = start(checkpointing_steps=4, max_train_steps=4, use_ema=True)
     train(run)
-    saved = Linear.from_pretrained(run.output_dir / "checkpoint-4" / "model")
+    saved = Linear.from_pretrained(run.folder / "checkpoint-4" / "model")
     assert torch.equal(saved.layer.weight, run.saved_model.layer.weight)
 
 
 def test_a_checkpoint_stores_each_set_of_weights_once_and_no_pickle_that_could_run_code(start, monkeypatch):
     run = start(checkpointing_steps=4, max_train_steps=4, use_ema=True)
     train(run)
-    files = sorted(str(path.relative_to(run.output_dir)) for path in run.output_dir.rglob("*.safetensors"))
+    files = sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*.safetensors"))
     assert files == ["checkpoint-4/model.safetensors", "checkpoint-4/model/diffusion_pytorch_model.safetensors"]
     loaded, load = [], torch.load
 
@@ -362,7 +363,7 @@ def test_pictures_of_a_validation(start):
     run.global_step = 7
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (1, 2, 3), (4, 5, 6)]
     run.log_images("samples", [Image.new("RGB", (2, 2), color) for color in colors], columns=3)
-    grid = np.asarray(Image.open(run.output_dir / "validation" / "samples-0000007.png"))
+    grid = np.asarray(Image.open(run.folder / "validation" / "samples-0000007.png"))
     assert grid.shape == (4, 6, 3) and [tuple(pixel) for pixel in grid[::2, ::2].reshape(6, 3)] == colors
 
 
@@ -379,7 +380,7 @@ def make_card(run, args):
         usage="import this",
         facts=args.facts(256, 56789) | run.facts(),
         metrics={"psnr": 1.23456},
-        arguments=args.to_dict(),
+        arguments=asdict(args),
         pipeline_tag="some-task",
     )
 
@@ -453,5 +454,5 @@ def test_evaluation_is_in_the_precision_of_the_weights(start):
 
 
 def test_order_of_calls(start):
-    with pytest.raises(RuntimeError, match="`max_train_steps` is not known before `dataloader`"):
-        _ = start(max_train_steps=None).max_train_steps
+    with pytest.raises(RuntimeError, match="number of steps is not known before `dataloader`"):
+        _ = start(max_train_steps=None).num_steps

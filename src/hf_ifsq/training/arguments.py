@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -93,10 +93,6 @@ class DataArguments:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All arguments by name."""
-        return asdict(self)
 
     @property
     def data_name(self) -> str:

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ logger = get_logger(__name__)
 LOG_FILE = "training_log.jsonl"
 
 
+@dataclass
 class TrainingRun:
     """
     One run of a training script: it starts or resumes, counts optimizer steps, and keeps all that a resumed run needs
@@ -58,48 +60,38 @@ class TrainingRun:
             processes the trained one is in. It holds the moving average or, without one, the very weights that train.
     """
 
-    def __init__(
-        self,
-        output_dir: str,
-        *,
-        seed: int = 0,
-        train_batch_size: int = 16,
-        gradient_accumulation_steps: int = 1,
-        num_train_epochs: float = 100,
-        max_train_steps: int | None = None,
-        mixed_precision: str | None = None,
-        dataloader_num_workers: int = 0,
-        use_ema: bool = False,
-        ema_decay: float = 0.9999,
-        logging_steps: int = 10,
-        validation_steps: int = 1000,
-        checkpointing_steps: int = 500,
-        checkpoints_total_limit: int | None = None,
-        resume_from_checkpoint: str | None = None,
-        report_to: str = "none",
-        tracker_project_name: str = "hf-ifsq",
-        push_to_hub: bool = False,
-        hub_model_id: str | None = None,
-        hub_private_repo: bool = False,
-        arguments: Mapping[str, Any] | None = None,
-    ):
-        if report_to != "none" and importlib.util.find_spec(report_to) is None:
-            raise ImportError(f"`report_to` {report_to!r} needs its package: `pip install {report_to}`.")
-        self.output_dir = Path(output_dir)
-        self.seed = seed
-        self.train_batch_size = train_batch_size
-        self.num_train_epochs = num_train_epochs
-        self.dataloader_num_workers = dataloader_num_workers
-        self.ema_decay = ema_decay if use_ema else None
-        self.logging_steps = logging_steps
-        self.validation_steps = validation_steps
-        self.checkpointing_steps = checkpointing_steps
+    output_dir: str
+    seed: int = 0
+    train_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 100
+    max_train_steps: int | None = None
+    mixed_precision: str | None = None
+    dataloader_num_workers: int = 0
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    logging_steps: int = 10
+    validation_steps: int = 1000
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    report_to: str = "none"
+    tracker_project_name: str = "hf-ifsq"
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise ImportError(f"`report_to` {self.report_to!r} needs its package: `pip install {self.report_to}`.")
+        self.folder = Path(self.output_dir)
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            mixed_precision=self.mixed_precision,
             dynamo_plugin=_dynamo_plugin(),
-            log_with=None if report_to == "none" else report_to,
-            project_config=ProjectConfiguration(output_dir, logging_dir=str(self.output_dir / "logs")),
+            log_with=None if self.report_to == "none" else self.report_to,
+            project_config=ProjectConfiguration(self.output_dir, logging_dir=str(self.folder / "logs")),
         )
         logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
         distributed_type = self.accelerator.distributed_type
@@ -107,31 +99,30 @@ class TrainingRun:
             raise ValueError(
                 f"Training runs on one or several devices by data parallelism, not by {distributed_type}."
             )
-        set_seed(seed, device_specific=True)
-        self._max_train_steps = max_train_steps
+        set_seed(self.seed, device_specific=True)
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._ema: EMAModel | None = None
-        self.checkpoints = Checkpoints(self.output_dir, checkpoints_total_limit)
-        self._checkpoint = self.checkpoints.find(resume_from_checkpoint)
+        self.checkpoints = Checkpoints(self.folder, self.checkpoints_total_limit)
+        self._checkpoint = self.checkpoints.find(self.resume_from_checkpoint)
         state = read_state(self._checkpoint)
         self.global_step, self.samples_seen = state["global_step"], state["samples_seen"]
         self.checkpoints.refuse_later(self.global_step)
         self.accelerator.wait_for_everyone()
         self.repo_id: str | None = None
         if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._cut_log()
-            if push_to_hub:
-                name = hub_model_id or self.output_dir.resolve().name
-                self.repo_id = create_repo(name, private=hub_private_repo, exist_ok=True).repo_id
-        if report_to != "none":
-            config = {name: str(without_local_paths(value)) for name, value in (arguments or {}).items()}
-            self.accelerator.init_trackers(tracker_project_name, config=config)
+            if self.push_to_hub:
+                name = self.hub_model_id or self.folder.resolve().name
+                self.repo_id = create_repo(name, private=self.hub_private_repo, exist_ok=True).repo_id
+        if self.report_to != "none":
+            config = {name: str(without_local_paths(value)) for name, value in self.arguments.items()}
+            self.accelerator.init_trackers(self.tracker_project_name, config=config)
 
     @property
     def model_name(self) -> str:
         """Where the result can be loaded from: its repository on the Hub if it is pushed, or else `output_dir`."""
-        return self.repo_id or without_local_paths(str(self.output_dir))
+        return self.repo_id or without_local_paths(self.output_dir)
 
     @property
     def global_batch_size(self) -> int:
@@ -140,11 +131,11 @@ class TrainingRun:
         return self.train_batch_size * forward_passes
 
     @property
-    def max_train_steps(self) -> int:
+    def num_steps(self) -> int:
         """Optimizer steps to do. Where epochs are counted they are known after `dataloader`."""
-        if self._max_train_steps is None:
-            raise RuntimeError("`max_train_steps` is not known before `dataloader` was called.")
-        return self._max_train_steps
+        if self.max_train_steps is None:
+            raise RuntimeError("The number of steps is not known before `dataloader` was called.")
+        return self.max_train_steps
 
     def facts(self) -> dict[str, str]:
         """Steps, batch, precision, averaging and seed, for the model card."""
@@ -153,7 +144,7 @@ class TrainingRun:
             "steps": f"{self.global_step:,}",
             "images per step": f"{self.global_batch_size:,}",
             "precision": "fp32" if precision == "no" else precision,
-            "averaging": "none" if self.ema_decay is None else f"EMA of {self.ema_decay}",
+            "averaging": f"EMA of {self.ema_decay}" if self.use_ema else "none",
             "seed": f"{self.seed}",
         }
 
@@ -163,12 +154,11 @@ class TrainingRun:
         read: as many batches as there are forward passes to come.
         """
         num_samples = len(dataset)  # type: ignore[arg-type]  # torch's base class has no length
-        if self._max_train_steps is None:
-            self._max_train_steps = math.ceil(self.num_train_epochs * num_samples / self.global_batch_size)
-        stop = self.samples_seen + (self.max_train_steps - self.global_step) * self.global_batch_size
+        if self.max_train_steps is None:
+            self.max_train_steps = math.ceil(self.num_train_epochs * num_samples / self.global_batch_size)
+        stop = self.samples_seen + (self.num_steps - self.global_step) * self.global_batch_size
         logger.info(
-            f"{num_samples} images, {self.global_batch_size} per step, steps {self.global_step} to "
-            f"{self.max_train_steps}."
+            f"{num_samples} images, {self.global_batch_size} per step, steps {self.global_step} to {self.num_steps}."
         )
         return DataLoader(
             dataset,
@@ -206,10 +196,10 @@ class TrainingRun:
         source = model if saved is None else saved
         model.to(self.accelerator.device)
         # Made before the trained model is wrapped in anything.
-        shared = () if self.ema_decay is not None else (*source.parameters(), *source.buffers())
+        shared = () if self.use_ema else (*source.parameters(), *source.buffers())
         self.saved_model: Any = copy.deepcopy(source, {id(tensor): tensor for tensor in shared}).eval()
         self._trained_parameters = list(source.parameters())
-        if self.ema_decay is not None:
+        if self.use_ema:
             self.saved_model.requires_grad_(False)
             self._ema = EMAModel(self.saved_model.parameters(), decay=self.ema_decay, foreach=True)
             self._ema.shadow_params = list(self.saved_model.parameters())
@@ -219,7 +209,7 @@ class TrainingRun:
         # Where the throughput is measured from; validations move the time.
         self._samples_logged, self._logged_at = self.samples_seen, time.perf_counter()
         self._progress_bar = tqdm(
-            total=self._max_train_steps,
+            total=self.max_train_steps,
             initial=self.global_step,
             desc="Steps",
             disable=not self.accelerator.is_local_main_process,
@@ -253,7 +243,7 @@ class TrainingRun:
         self._progress_bar.update()
         checkpoint_due = self.global_step % self.checkpointing_steps == 0
         # A checkpoint is logged too: it is only written of a run that has not diverged.
-        if checkpoint_due or self.global_step % self.logging_steps == 0 or self.global_step == self.max_train_steps:
+        if checkpoint_due or self.global_step % self.logging_steps == 0 or self.global_step == self.num_steps:
             means = self.accelerator.reduce(
                 {name: torch.stack(values).mean() for name, values in self._sums.items()}, reduction="mean"
             )
@@ -274,7 +264,7 @@ class TrainingRun:
     @property
     def validation_due(self) -> bool:
         """Whether to validate now: every `validation_steps` and at the end."""
-        return self.global_step % self.validation_steps == 0 or self.global_step == self.max_train_steps
+        return self.global_step % self.validation_steps == 0 or self.global_step == self.num_steps
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -289,14 +279,14 @@ class TrainingRun:
         """Write metrics of the current step to `training_log.jsonl` and to the tracker."""
         self.accelerator.log(dict(metrics), step=self.global_step)
         if self.accelerator.is_main_process:
-            with open(self.output_dir / LOG_FILE, "a", encoding="utf-8") as file:
+            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.global_step, **metrics}) + "\n")
 
     def log_images(self, name: str, images: list[Image.Image], columns: int) -> None:
         """Write a grid of images of the current step to `validation/` and to a tracker that takes images."""
         if not self.accelerator.is_main_process:
             return
-        folder = self.output_dir / "validation"
+        folder = self.folder / "validation"
         folder.mkdir(exist_ok=True)
         grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
         grid.save(folder / f"{name}-{self.global_step:07d}.png")
@@ -314,11 +304,11 @@ class TrainingRun:
         """
         self._progress_bar.close()
         if self.accelerator.is_main_process:
-            (self.output_dir / "README.md").write_text(model_card, encoding="utf-8")
+            (self.folder / "README.md").write_text(model_card, encoding="utf-8")
             if self.repo_id is not None:
                 upload_folder(
                     repo_id=self.repo_id,
-                    folder_path=self.output_dir,
+                    folder_path=self.folder,
                     commit_message=f"Training, {self.global_step} steps",
                     ignore_patterns=["*checkpoint-*", "logs/*"],
                 )
@@ -347,7 +337,7 @@ class TrainingRun:
 
     def _cut_log(self) -> None:
         """Drop entries of an earlier run: all in a new run, those after the checkpoint in a resumed one."""
-        file = self.output_dir / LOG_FILE
+        file = self.folder / LOG_FILE
         if self._checkpoint is None:
             file.unlink(missing_ok=True)
         elif file.is_file():
