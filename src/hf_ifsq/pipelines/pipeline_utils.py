@@ -117,7 +117,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
     ) -> torch.Tensor:
         """Show values to the user's function and return what it makes of them."""
         changed = callback(self, step, timestep, {name: values.clone()}).get(name, values)
-        if changed.shape != values.shape or changed.is_floating_point() != values.is_floating_point():
+        if changed.shape != values.shape or (name == "indices" and changed.dtype != values.dtype):
             raise ValueError(
                 f"`callback_on_step_end` must return `{name}` of shape {tuple(values.shape)} and {values.dtype}, got "
                 f"{tuple(changed.shape)} and {changed.dtype}."
