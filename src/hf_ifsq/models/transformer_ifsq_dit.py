@@ -12,7 +12,6 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional as F
 
-from .casting import CastingMixin
 from .grid import as_grid
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
@@ -126,7 +125,7 @@ class IFSQDiTBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff[:, None], fed)
 
 
-class IFSQDiTTransformer2DModel(StrictLoadingMixin, CastingMixin, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  # type: ignore[misc]
     r"""
     Class-conditional diffusion transformer over the codes of an image tokenizer, as in iFSQ's DiT
     (https://arxiv.org/abs/2601.17124). On the straight path `x_t = t * x_1 + (1 - t) * x_0` from noise `x_0` to scaled
