@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from types import EllipsisType
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -120,28 +121,18 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         noise_prob: float = 0.0,
     ):
         super().__init__()
-        z_channels = len(levels) if z_channels is None else z_channels
-        self.encoder = Encoder(
-            in_channels=in_channels,
-            out_channels=z_channels,
-            down_block_types=("DownEncoderBlock2D",) * len(block_out_channels),
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            norm_num_groups=norm_num_groups,
-            mid_block_add_attention=False,
-        )
+        z_channels, depth = len(levels) if z_channels is None else z_channels, len(block_out_channels)
+        blocks: dict[str, Any] = {
+            "block_out_channels": block_out_channels,
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": norm_num_groups,
+            "mid_block_add_attention": False,
+        }
+        self.encoder = Encoder(in_channels, z_channels, down_block_types=("DownEncoderBlock2D",) * depth, **blocks)
         self.quant_conv = nn.Conv2d(2 * z_channels, len(levels), 1)
         self.quantizer = FiniteScalarQuantizer(levels, alpha, bound, equal_bins, noise_prob)
         self.post_quant_conv = nn.Conv2d(len(levels), z_channels, 1)
-        self.decoder = Decoder(
-            in_channels=z_channels,
-            out_channels=out_channels,
-            up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            norm_num_groups=norm_num_groups,
-            mid_block_add_attention=False,
-        )
+        self.decoder = Decoder(z_channels, out_channels, up_block_types=("UpDecoderBlock2D",) * depth, **blocks)
         self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
         height, width = as_grid(sample_size)
         if height % self.downsampling_factor or width % self.downsampling_factor:
@@ -185,15 +176,9 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     @apply_forward_hook
     def decode(self, codes: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """
-        Decode codes, or any other values in [-1, 1], into images.
-
-        Args:
-            codes (`torch.Tensor` of shape `(batch, d, height / f, width / f)`): values in [-1, 1].
-            return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
-
-        Returns:
-            [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: `sample`, images of shape
-            `(batch, out_channels, height, width)`, about in [-1, 1].
+        Decode codes `(batch, d, height / f, width / f)`, or any other values in [-1, 1], into images: a
+        [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple` with `sample` of shape `(batch, out_channels,
+        height, width)`, about in [-1, 1].
         """
         if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
             raise ValueError(

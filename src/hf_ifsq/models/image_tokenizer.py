@@ -66,15 +66,10 @@ class ImageTokenizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encode and decode images for training; no value is read back from the device.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`): images in [-1, 1].
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: the reconstruction, and the loss of the bottleneck itself, a scalar:
-            the commitment loss of a `VQModel`, the divergence from a standard normal distribution of an
-            `AutoencoderKL` in nats per value of the image, 0 for an `AutoencoderIFSQ`.
+        Encode and decode images `(batch, in_channels, height, width)` in [-1, 1] for training; no value is read back
+        from the device. Gives the reconstruction and the loss of the bottleneck itself, a scalar: the commitment loss
+        of a `VQModel`, the divergence from a standard normal distribution of an `AutoencoderKL` in nats per value of
+        the image, 0 for an `AutoencoderIFSQ`.
         """
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
