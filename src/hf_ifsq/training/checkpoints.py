@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,15 +18,15 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"
 
 
+@dataclass(frozen=True)
 class Checkpoints:
     """
     Folders `checkpoint-N`, each of which is there as a whole or not at all and has a `training_state.json`. With a
     `total_limit` the oldest are removed.
     """
 
-    def __init__(self, output_dir: Path, total_limit: int | None = None):
-        self.output_dir = output_dir
-        self.total_limit = total_limit
+    output_dir: Path
+    total_limit: int | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Path]]:
         """Steps and folders, the oldest first."""

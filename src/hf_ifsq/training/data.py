@@ -197,6 +197,7 @@ class ImageTransform:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
+@dataclass
 class ImageDataset(torch.utils.data.Dataset):
     """
     Rows with images as `pixel_values`, float32 of shape `(channels, resolution, resolution)` in [-1, 1], and, if there
@@ -205,13 +206,10 @@ class ImageDataset(torch.utils.data.Dataset):
     the plain image.
     """
 
-    def __init__(
-        self, rows: Dataset, transform: ImageTransform, image_column: str = "image", label_column: str | None = None
-    ):
-        self.rows = rows
-        self.transform = transform
-        self.image_column = image_column
-        self.label_column = label_column
+    rows: Dataset
+    transform: ImageTransform
+    image_column: str = "image"
+    label_column: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -228,6 +226,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return item
 
 
+@dataclass
 class ResumableSampler(Sampler[tuple[int, int]]):
     """
     One endless shuffled stream over a dataset, cut out from position `start` to `stop`. Each pass over the data has
@@ -235,11 +234,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
     an uninterrupted one would have read. It gives pairs of a row's index and its position in the stream.
     """
 
-    def __init__(self, num_samples: int, seed: int, start: int, stop: int):
-        self.num_samples = num_samples
-        self.seed = seed
-        self.start = start
-        self.stop = stop
+    num_samples: int
+    seed: int
+    start: int
+    stop: int
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)

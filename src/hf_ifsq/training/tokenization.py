@@ -65,6 +65,7 @@ class Shard:
     path: Path
 
 
+@dataclass(frozen=True)
 class ShardBatches:
     """
     Batches of shards as keys of an [`ImageDataset`], for a `DataLoader`. No batch has rows of two shards, so that the
@@ -76,10 +77,9 @@ class ShardBatches:
         num_augmentations (`int`): rows per image, random crops drawn by the number of the row; 0 for one plain row.
     """
 
-    def __init__(self, shards: list[Shard], batch_size: int, num_augmentations: int):
-        self.shards = shards
-        self.batch_size = batch_size
-        self.num_augmentations = num_augmentations
+    shards: list[Shard]
+    batch_size: int
+    num_augmentations: int
 
     def count(self, shard: Shard) -> int:
         """Batches of a shard."""

@@ -172,6 +172,7 @@ def _first_row(column: pa.ChunkedArray) -> np.ndarray:
     return values.to_numpy().reshape(shape)
 
 
+@dataclass
 class TokenSource:
     """
     What a generator model is trained on: tokens or codes, class labels and, with a teacher, its features. They come
@@ -189,22 +190,17 @@ class TokenSource:
         measures_cknna (`bool`): whether there are both features and enough validation images to compare them with.
     """
 
-    def __init__(
-        self,
-        tokenizer: ImageTokenizer,
-        train_data: ImageDataset | TokenDataset,
-        validation_data: ImageDataset | TokenDataset | None,
-        id2label: dict[int, str],
-        teacher: Teacher | None = None,
-        teacher_hidden_size: int | None = None,
-    ):
-        self.tokenizer = tokenizer
-        self.train_data = train_data
-        self.validation_data = validation_data
-        self.id2label = id2label
-        self.teacher = teacher
-        self.teacher_hidden_size = teacher_hidden_size if teacher is None else teacher.hidden_size
-        count = 0 if validation_data is None or self.teacher_hidden_size is None else len(validation_data)
+    tokenizer: ImageTokenizer
+    train_data: ImageDataset | TokenDataset
+    validation_data: ImageDataset | TokenDataset | None
+    id2label: dict[int, str]
+    teacher: Teacher | None = None
+    teacher_hidden_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.teacher is not None:
+            self.teacher_hidden_size = self.teacher.hidden_size
+        count = len(self.validation_data or ()) if self.teacher_hidden_size else 0
         self.measures_cknna = count > CKNNA_NEIGHBORS
         if 0 < count <= CKNNA_NEIGHBORS:
             logger.warning(
