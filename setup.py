@@ -35,6 +35,7 @@ setup(
         "hf_ifsq": [
             "py.typed",
             "conversion/imagenet_classes.json",
+            "training/*.md",
             "vision/lpips_vgg*",
             # Folders that `evaluate` loads, and that can be pushed as Spaces.
             *(f"metrics/*/*.{suffix}" for suffix in ("py", "md", "txt", "html")),
@@ -46,6 +47,7 @@ setup(
         "datasets>=5.2",
         "diffusers>=0.42",
         "huggingface_hub>=2.4",
+        "Jinja2",
         "numpy",
         "Pillow",
         "PyYAML",

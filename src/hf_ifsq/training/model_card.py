@@ -7,48 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 
-TEMPLATE = """---
-{metadata}
----
-
-# {title}
-
-{description}
-
-## Use
-
-```python
-{usage}
-```
-
-## Training
-
-| | |
-|---|---|
-{facts}
-
-```bash
-{command}
-```
-
-<details><summary>All arguments</summary>
-
-```yaml
-{arguments}```
-
-</details>
-
-## Evaluation
-
-| metric | value |
-|---|---|
-{metrics}
-
-Method: iFSQ, [arXiv 2601.17124](https://arxiv.org/abs/2601.17124).
-"""
+TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def make_model_card(
@@ -71,19 +33,23 @@ def make_model_card(
         arguments (`dict[str, Any]`): all arguments of the training script.
         pipeline_tag (`str`): task in the terms of the Hub.
     """
-    metadata = ModelCardData(library_name="hf-ifsq", pipeline_tag=pipeline_tag, tags=["ifsq"])
-    return TEMPLATE.format(
-        metadata=metadata.to_yaml(),
+    card = ModelCard.from_template(
+        ModelCardData(library_name="hf-ifsq", pipeline_tag=pipeline_tag, tags=["ifsq"]),
+        template_path=str(TEMPLATE),
         title=title,
         description=description,
         usage=usage,
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        arguments=yaml.safe_dump(
-            {name: without_local_paths(value) for name, value in arguments.items()}, sort_keys=False
-        ),
+        facts=table(facts),
         command=f"accelerate launch {shlex.join(map(without_local_paths, sys.argv))}",
-        metrics="\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items()),
+        arguments=yaml.safe_dump({name: without_local_paths(arguments[name]) for name in arguments}, sort_keys=False),
+        metrics=table({name: f"{value:.4f}" for name, value in metrics.items()}),
     )
+    return f"{card}\n"
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Rows of a Markdown table of two columns."""
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def without_local_paths(value: Any) -> Any:

@@ -13,9 +13,10 @@ import pyarrow as pa
 import torch
 from datasets import ClassLabel, DatasetInfo, Features, List, SplitDict, SplitInfo, Value
 from datasets.info import DatasetInfosDict
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow.parquet import ParquetWriter
 
+from .model_card import table
 from .tokens import INFO_FILE, TokenDatasetInfo
 
 
@@ -35,25 +36,7 @@ PARQUET_OPTIONS = {
 # Bytes of rows kept in memory until they are written.
 ROW_GROUP_BYTES = 2**25
 
-CARD = """---
-{metadata}
----
-
-# {title}
-
-Images of {resolution} x {resolution} pixels as tokens of an image tokenizer, for training of
-[hf-ifsq](https://arxiv.org/abs/2601.17124): `--token_dataset` of `train_repa_ar.py` and `train_repa_dit.py`.
-
-| | |
-|---|---|
-{facts}
-
-| column | content |
-|---|---|
-{columns}
-
-`{info_file}` has all of this for programs.
-"""
+CARD = Path(__file__).with_name("token_dataset_card.md")
 
 
 @dataclass(frozen=True)
@@ -196,15 +179,16 @@ class TokenDatasetWriter:
             "label": "its class",
             "teacher_features": "features of the teacher for each of the tokens",
         }
-        card = CARD.format(
-            metadata=metadata.to_yaml(),
+        card = DatasetCard.from_template(
+            metadata,
+            template_path=str(CARD),
             title=title,
             resolution=info.resolution,
-            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-            columns="\n".join(f"| `{name}` | {columns[name]} |" for name in self.features),
+            facts=table(facts),
+            columns=table({f"`{name}`": columns[name] for name in self.features}),
             info_file=INFO_FILE,
         )
-        _write_whole(self.folder / "README.md", card)
+        _write_whole(self.folder / "README.md", f"{card}\n")
         if self._unfinished.is_file():
             self._unfinished.rename(self.folder / INFO_FILE)
 
