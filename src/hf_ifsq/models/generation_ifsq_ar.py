@@ -241,11 +241,11 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
     def _decoders_for(self, rows: int, device: torch.device) -> tuple[Decoder, ...]:
         """Those of `setup_cache`, set up again if they do not fit; none without it."""
         if self.decoders:
-            memory = self.decoders[0].cache.memory[0]
-            if memory.shape[1] < rows or (memory.dtype, memory.device) != (self._decoding_dtype(device), device):
+            memory = self.decoders[0].cache.keys[0]
+            if len(memory) < rows or (memory.dtype, memory.device) != (self._decoding_dtype(device), device):
                 self.setup_cache(rows)
             for decoder in self.decoders:
-                for memory in decoder.cache.memory:
+                for memory in (*decoder.cache.keys, *decoder.cache.values):
                     # NaN of an earlier call would spread through the mask.
                     memory.zero_()
         return self.decoders

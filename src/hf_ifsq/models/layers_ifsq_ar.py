@@ -149,25 +149,30 @@ class KeyValueCache:
 
     def __init__(self, length: int, device: torch.device):
         self.length = length
-        self.memory: list[torch.Tensor] = []
-        # Where is written, and how many positions are read.
+        # Of each layer, `(rows, heads, length, head_dim)`.
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        # Where is written: as a tensor, which compiled layers read, or else after `written` positions.
         self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.readable = length
+        self.written: int | None = None
 
     def allocate(self, like: torch.Tensor) -> None:
         """The memory of the next layer, for keys of `(rows, heads, 1, head_dim)`, its dtype and its device."""
         rows, num_heads, _, head_dim = like.shape
-        self.memory.append(like.new_zeros(2, rows, num_heads, self.length, head_dim))
+        self.keys.append(like.new_zeros(rows, num_heads, self.length, head_dim))
+        self.values.append(torch.zeros_like(self.keys[-1]))
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Write `(rows, heads, 1, head_dim)`, of the first rows or of all, and return what attention reads."""
-        if layer_idx == len(self.memory):
+        if layer_idx == len(self.keys):
             self.allocate(key)
-        keys, values = self.memory[layer_idx][:, : len(key)]
-        position = self.position.to(key.device)
-        keys.index_copy_(2, position, key)
-        values.index_copy_(2, position, value)
-        return keys[:, :, : self.readable], values[:, :, : self.readable]
+        keys, values = self.keys[layer_idx][: len(key)], self.values[layer_idx][: len(key)]
+        if self.written is None:
+            position = self.position.to(key.device)
+            return keys.index_copy_(2, position, key), values.index_copy_(2, position, value)
+        here = slice(self.written, self.written + 1)
+        keys[:, :, here], values[:, :, here] = key, value
+        return keys[:, :, : here.stop], values[:, :, : here.stop]
 
 
 class Decoder(nn.Module):
@@ -197,7 +202,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             layer_device = next(layer.parameters()).device
             self.cache.allocate(torch.empty(rows, num_heads, 1, head_dim, dtype=dtype, device=layer_device))
-        for tensor in (self.cache.position, *self.cache.memory):
+        for tensor in (self.cache.position, *self.cache.keys, *self.cache.values):
             # CUDA graphs would not be recorded otherwise, since they change it.
             torch._dynamo.mark_static_address(tensor)
         self.mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)[None, None]
@@ -205,9 +210,10 @@ class Decoder(nn.Module):
     def step(self, hidden_states: torch.Tensor, position: int) -> torch.Tensor:
         """Run `(rows, 1, hidden_size)` at a position through the layers, after all positions before it."""
         here = slice(position, position + 1)
-        self.cache.position.fill_(position)
         if self.mask is None:
-            self.cache.readable = position + 1
+            self.cache.written = position
+        else:
+            self.cache.position.fill_(position)
         mask = None if self.mask is None else self.mask[:, :, here]
         return self(hidden_states, (self.cos[here], self.sin[here]), mask, self.cache)
 
