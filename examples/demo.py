@@ -55,6 +55,8 @@ def main() -> None:
     tokenizer = AutoencoderIFSQ.from_pretrained(OUTPUT / "tokenizer").eval()
     ar = IFSQARPipeline.from_pretrained(OUTPUT / "ar")
     dit = IFSQDiTPipeline.from_pretrained(OUTPUT / "dit")
+    for pipeline in (ar, dit):
+        pipeline.enable_cpu_kernels()
     classifier = fit_recognizer(train_digits, train_labels)
 
     report = {
