@@ -267,7 +267,7 @@ def validate(run: TrainingRun, data: ImageDataset, loader: DataLoader | None, nu
             if usage is not None:
                 counted = usage.compute()
                 metrics["validation_codes_used"] = counted["usage"]
-                if counted["num_codes_used"] < counted["num_codes_if_even"] / 2:
+                if counted["num_codes_used"] < usage.num_codes_if_even / 2:
                     logger.warning(
                         f"Most codes are unused: {counted['num_codes_used']} of {usage.codebook_size} occur."
                     )

@@ -101,7 +101,6 @@ class CodebookUsage:
         Returns:
             `dict[str, Any]`:
             - `num_tokens` (`int`), `num_codes_used` (`int`): tokens counted, and how many different ones.
-            - `num_codes_if_even` (`float`): different codes expected of as many tokens that are all equally likely.
             - `usage` (`float`): share of the codebook that occurs, in [0, 1].
             - `entropy_bits` (`float`): entropy of a token in bits, at most `log2(codebook_size)`.
             - `perplexity` (`float`): `2**entropy_bits`: as many evenly used codes have the same entropy.
@@ -117,7 +116,6 @@ class CodebookUsage:
         result: dict[str, Any] = {
             "num_tokens": int(self._counts.sum()),
             "num_codes_used": len(self._tokens),
-            "num_codes_if_even": self._num_codes_if_even(),
             "usage": len(self._tokens) / self.codebook_size,
             "entropy_bits": entropy,
             "perplexity": 2**entropy,
@@ -136,7 +134,9 @@ class CodebookUsage:
             result["dimension_ks_distances"] = np.abs(cumulative - uniform).max(axis=1).tolist()
         return result
 
-    def _num_codes_if_even(self) -> float:
+    @property
+    def num_codes_if_even(self) -> float:
+        """Different codes expected of as many tokens, were they all equally likely."""
         if self.codebook_size == 1:
             return 1.0
         return self.codebook_size * -math.expm1(int(self._counts.sum()) * math.log1p(-1 / self.codebook_size))
