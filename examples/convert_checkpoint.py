@@ -40,7 +40,7 @@ The weights of {format_name}{entry} in `{checkpoint}`, converted by hf-ifsq to {
 ALIGNMENT = """
 ## Representation alignment
 
-The model was trained with REPA. Its projectors are no part of the model; they are kept for further training:
+The model was trained with REPA. Its projectors are not part of the model; they are kept for further training:
 
 ```python
 from hf_ifsq.training.repa import RepresentationAlignment

@@ -85,7 +85,7 @@ class ComparisonArguments:
 DEVICE = PartialState().device
 VARIANTS = {"plain": "without REPA", "repa": "with REPA"}
 TITLES = {
-    "validation_cross_entropy": "validation loss, nats a token",
+    "validation_cross_entropy": "validation loss, nats per token",
     "validation_loss": "validation loss",
     "validation_cknna": "CKNNA with the teacher",
     "recognized": "recognized by the judge",

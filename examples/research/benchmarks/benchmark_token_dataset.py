@@ -163,7 +163,7 @@ def write_images(args: BenchmarkArguments, folder: str) -> str:
 
 
 def write_tokenizer(args: BenchmarkArguments, folder: str) -> str:
-    """Random weights: 8 pixels a side of a token, and 625 tokens."""
+    """Random weights: 8 x 8 pixels per token, and 625 tokens."""
     sizes = {"block_out_channels": (32, 64, 64, 128), "layers_per_block": 1, "sample_size": args.resolution}
     AutoencoderIFSQ(levels=(5, 5, 5, 5), **sizes).save_pretrained(f"{folder}/tokenizer")
     return f"{folder}/tokenizer"
