@@ -67,18 +67,13 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         layers_per_block (`int`, *optional*, defaults to 2): residual blocks at each resolution of the encoder.
         norm_num_groups (`int`, *optional*, defaults to 32): groups of the group normalizations.
         z_channels (`int`, *optional*, defaults to `len(levels)`):
-            channels between the decoder and its 1x1 convolution. The encoder's side has twice as many, as in the
-            official weights.
-        levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`):
-            levels of each of the `d` channels of the codes, see [`FiniteScalarQuantizer`].
-        alpha (`float`, *optional*, defaults to 1.6): slope of the bound; 1.6 is iFSQ, 2.0 is FSQ's `tanh`.
+            channels between decoder and quantizer; between encoder and quantizer there are twice as many.
+        levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`), alpha (`float`, *optional*, defaults to
+            1.6), bound, equal_bins, noise_prob: options of the [`FiniteScalarQuantizer`] of `d = len(levels)` channels.
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 256):
             height and width in pixels of the images trained on, and of a tile.
         scaling_factor (`float`, *optional*, defaults to 1.0):
             what a diffusion model multiplies codes by: the inverse of their standard deviation over the training set.
-        bound (`str`, *optional*, defaults to `"sigmoid"`), equal_bins (`bool`, *optional*, defaults to `False`),
-        noise_prob (`float`, *optional*, defaults to 0.0):
-            options of the [`FiniteScalarQuantizer`].
 
     Example:
 

@@ -62,16 +62,13 @@ class FiniteScalarQuantizer(nn.Module):
     codes come back in the dtype of the input. No table of the codebook is held.
 
     Args:
-        levels (`list[int]`):
-            Number of levels of each of the `d` channels, from 2 to 2**20 each, with a product of at most 2**63 - 1.
-        alpha (`float`, *optional*, defaults to 1.6):
-            Slope of the bound `"sigmoid"`, positive. Other bounds have none.
+        levels (`list[int]`): levels of each of the `d` channels, from 2 to 2**20, with a product of at most 2**63 - 1.
+        alpha (`float`, *optional*, defaults to 1.6): slope of the bound `"sigmoid"`, positive. Other bounds have none.
         bound (`str`, *optional*, defaults to `"sigmoid"`):
             `"sigmoid"`, or `"normal"` for `2 * Phi(z) - 1` with the distribution function of the normal distribution.
-        equal_bins (`bool`, *optional*, defaults to `False`):
-            Whether all bins have the same width.
+        equal_bins (`bool`, *optional*, defaults to `False`): whether all bins have the same width.
         noise_prob (`float`, *optional*, defaults to 0.0):
-            With `equal_bins`, the probability that a value in training is not quantized but moved by uniform noise of
+            with `equal_bins`, the probability that a value in training is not quantized but moved by uniform noise of
             at most half a bin, unless that leads out of (-1, 1). Indices are those of the values without noise.
 
     Example:
@@ -146,10 +143,8 @@ class FiniteScalarQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """All options, for `print(model)`."""
-        return (
-            f"levels={self.levels}, alpha={self.alpha}, bound={self.bound!r}, equal_bins={self.equal_bins}, "
-            f"noise_prob={self.noise_prob}"
-        )
+        names = ("levels", "alpha", "bound", "equal_bins", "noise_prob")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def bounded(self, z: torch.Tensor) -> torch.Tensor:
         """
@@ -165,15 +160,9 @@ class FiniteScalarQuantizer(nn.Module):
 
     def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Quantize a latent.
-
-        Args:
-            z (`torch.Tensor` of shape `(batch, d, *spatial)`):
-                unbounded latent. What is not a number stays so in the codes; its index has no meaning.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: the codes in [-1, 1], of the shape and dtype of `z`, and their
-            indices, int64 of shape `(batch, *spatial)`, in [0, codebook_size).
+        Quantize a latent `(batch, d, *spatial)`, unbounded. Gives the codes in [-1, 1], of its shape and dtype, and
+        their indices, int64 of shape `(batch, *spatial)`, in [0, codebook_size). What is not a number stays so in the
+        codes; its index has no meaning.
         """
         self._check_channels(z, "z")
         with torch.autocast(device_type=z.device.type, enabled=False):

@@ -26,18 +26,14 @@ def load_image_dataset(
     seed: int = 0,
 ) -> tuple[Dataset, Dataset | None]:
     """
-    Load images for training and validation.
+    Load the training and the validation images of a dataset; `None` if there is no validation split.
 
     Args:
         dataset_name, dataset_config_name, train_data_dir: as in [`load_splits`].
         train_split (`str`, *optional*): by default `train`, or the only split there is.
         validation_split (`str`, *optional*): by default `validation` or `test`, if there is one.
         image_column (`str`, *optional*, defaults to `"image"`): the column that holds the images.
-        max_train_samples, max_validation_samples (`int`, *optional*): images at most, drawn by `seed`.
-        seed (`int`, *optional*, defaults to 0): which ones.
-
-    Returns:
-        `tuple[Dataset, Dataset | None]`: training and validation images; `None` if there is no validation split.
+        max_train_samples, max_validation_samples, seed (`int`, *optional*): images at most, and which ones.
     """
     splits = load_splits(dataset_name, dataset_config_name=dataset_config_name, train_data_dir=train_data_dir)
     if train_split is None:
@@ -161,15 +157,8 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image, position: int | None = None) -> torch.Tensor:
         """
-        Transform a picture.
-
-        Args:
-            image (`PIL.Image.Image`): a picture of 8 bits per channel.
-            position (`int`, *optional*):
-                number that, with the seed, draws square and flip; by default the plain square in the middle.
-
-        Returns:
-            `torch.Tensor` of shape `(channels, resolution, resolution)`: float32 in [-1, 1].
+        Transform a picture of 8 bits per channel to float32 `(channels, resolution, resolution)` in [-1, 1]. With a
+        `position`, it and the seed draw square and flip; without, it is the plain square in the middle.
         """
         # PIL would cut off values of more than 8 bits instead of scaling them.
         if image is None or image.mode in ("I", "F") or image.mode.startswith("I;16"):

@@ -32,16 +32,10 @@ INFO_FILE = "token_dataset.json"
 @dataclass(frozen=True)
 class TokenDatasetInfo:
     """
-    What the rows of a token dataset are: the content of its `token_dataset.json`.
-
-    Args:
-        tokenizer (`dict`): `name_or_path`, `revision` (of the Hub, or `None`), and the [`fingerprint`].
-        scaling_factor (`float`): of the tokenizer, what codes are multiplied by to make latents.
-        resolution (`int`): side in pixels of the images.
-        teacher (`dict` or `None`): `name_or_path` and `hidden_size` of the stored features, if any.
-        num_rows (`dict[str, int]`): rows of each split.
-        images, shards (`dict`): what chose and cut the images, and grouped them into batches and files.
-        hf_ifsq_version (`str`): version of this package that made the rows.
+    What the rows of a token dataset are, the content of its `token_dataset.json`: the `tokenizer` by `name_or_path`,
+    `revision` (of the Hub, or `None`) and [`fingerprint`]; the factor that makes latents of its codes; the side of the
+    images in pixels; `name_or_path` and `hidden_size` of the `teacher` whose features are stored, if any; rows of each
+    split; what chose and cut the images, and grouped them into batches and files; and the version of this package.
     """
 
     tokenizer: dict[str, Any]
