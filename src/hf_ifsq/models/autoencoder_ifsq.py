@@ -68,8 +68,9 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         norm_num_groups (`int`, *optional*, defaults to 32): groups of the group normalizations.
         z_channels (`int`, *optional*, defaults to `len(levels)`):
             channels between decoder and quantizer; between encoder and quantizer there are twice as many.
-        levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`), alpha (`float`, *optional*, defaults to
-            1.6), bound, equal_bins, noise_prob: options of the [`FiniteScalarQuantizer`] of `d = len(levels)` channels.
+        levels (`tuple[int, ...]`, *optional*, defaults to `(17, 17, 17, 17)`):
+            levels of each of the `d` channels of the codes.
+        alpha, bound, equal_bins, noise_prob: further options of the [`FiniteScalarQuantizer`].
         sample_size (`int` or `tuple[int, int]`, *optional*, defaults to 256):
             height and width in pixels of the images trained on, and of a tile.
         scaling_factor (`float`, *optional*, defaults to 1.0):
