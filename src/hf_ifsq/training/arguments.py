@@ -91,8 +91,9 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if not 0 < self.min_crop_scale <= 1:
-            raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
+        if self.resolution is not None:
+            # It checks its options.
+            ImageTransform(**values_for(ImageTransform, self))
 
     @property
     def data_name(self) -> str:
