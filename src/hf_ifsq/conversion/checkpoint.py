@@ -66,7 +66,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Entries of a file of `torch.save` or safetensors, or the tensors of a bare set of weights. No code of the file is
     run, and tensors stay on disk until used. Where an entry is a dictionary of sets of weights, these take its place
     as `outer.inner`.
-    """  # noqa: D205
+    """
     if not path.is_file():
         raise FileNotFoundError(f"`checkpoint` must be a file, but there is none at {path}.")
     try:
@@ -120,7 +120,7 @@ def select_weights(
     """
     A set of weights of a file under names without the prefixes of wrapped models, and the entry it is from: `None` if
     the file is a bare set of weights.
-    """  # noqa: D205
+    """
     if weights not in (None, "ema", "raw"):
         raise ValueError(f"`weights` must be 'ema' or 'raw', got {weights!r}.")
     if _is_table(entries):

@@ -25,7 +25,7 @@ def imagenet_classes() -> list[str]:
     Short names of the 1000 classes of ImageNet-1k in the usual order, by WordNet id: those that torchvision 0.29 gives
     with its weights (`torchvision/models/_meta.py`). Five that differ in case or meaning alone are changed, so that no
     name is short for two classes: two cranes, two maillots, and the dog called Cardigan.
-    """  # noqa: D205
+    """
     return json.loads(Path(__file__).with_name("imagenet_classes.json").read_text(encoding="utf-8"))
 
 

@@ -9,19 +9,9 @@ class FeatureMoments:
     Number, mean and covariance of features that come in batches, in float64. Parts are merged by their means and
     centred sums (Chan et al., 1979), so that the result does not depend on how the data was divided.
 
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
-
-    >>> first, second = FeatureMoments(), FeatureMoments()
-    >>> first.update(torch.tensor([[0.0], [2.0]]))
-    >>> second.update(torch.tensor([[3.0], [5.0]]))
-    >>> frechet_distance(first, second)
-    9.0
-
-    ```
+    Attributes:
+        count (`int`): number of features so far.
+        mean (`np.ndarray` of shape `(width,)`): their mean; empty before the first.
     """
 
     def __init__(self) -> None:
@@ -37,16 +27,10 @@ class FeatureMoments:
         return self._centred_sum / (self.count - 1)
 
     def update(self, features: torch.Tensor | np.ndarray) -> None:
-        """
-        Take in a batch.
-
-        Args:
-            features (`torch.Tensor` or `np.ndarray` of shape `(batch, width)`): finite numbers, one row per image.
-        """
-        values = np.asarray(features.detach().cpu().double() if isinstance(features, torch.Tensor) else features)
+        """Take in a batch of shape `(batch, width)`: finite numbers, one row per image."""
+        values = torch.as_tensor(features).detach().cpu().double().numpy()
         if values.ndim != 2 or not len(values):
             raise ValueError(f"`features` must have shape (batch, width), got {values.shape}.")
-        values = values.astype(np.float64)
         if not np.isfinite(values).all():
             raise ValueError("`features` is not finite (NaN or infinity).")
         batch = FeatureMoments()

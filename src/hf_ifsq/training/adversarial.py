@@ -45,7 +45,7 @@ class PatchDiscriminator(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(batch, 1, rows, columns)`: a score for each patch, higher for real ones.
-        """  # noqa: D205
+        """
         if min(images.shape[-2:]) < self.smallest_side:
             raise ValueError(
                 f"The discriminator needs images of at least {self.smallest_side} pixels per side, got "

@@ -35,7 +35,7 @@ class RepresentationAlignment(nn.Module):
 
         Returns:
             `torch.Tensor`: minus the mean cosine similarity, a scalar in [-1, 1].
-        """  # noqa: D205
+        """
         if hidden_states.shape[:2] != teacher_features.shape[:2]:
             raise ValueError(
                 f"`hidden_states` and `teacher_features` must have the same batch and tokens, got "
