@@ -28,8 +28,8 @@ def convert_autoencoder(
     """
     Build an autoencoder of diffusers' `Encoder` and `Decoder` and fill it with official weights.
 
-    The official encoders start at a base width, those of diffusers at the width of the first resolution. Where these
-    differ, the result has twice as many channels, see `_widen`; no published tokenizer needs that.
+    Official encoders start at a base width, those of diffusers at the width of the first resolution. Where these
+    differ, as in no published tokenizer, the result has twice as many channels, see `_widen`.
     """
     width = config["block_out_channels"][0]
     stem = weights["encoder.conv_in.weight"].shape[0] if "encoder.conv_in.weight" in weights else width

@@ -14,43 +14,39 @@ from .checkpoint import Weights, load_exactly
 PROJECTORS = r"projectors\.\d+\..*"
 
 
-def config_value(config: dict[str, Any] | None, section: str, name: str) -> Any:
-    """An entry of a section of the config in an official file; `None` where the file has none."""
-    values = (config or {}).get(section)
+def config_value(config: dict[str, Any], section: str, name: str) -> Any:
+    """An entry of a section of the config in an official file; `None` where there is none."""
+    values = config.get(section)
     return values.get(name) if isinstance(values, dict) else None
 
 
-def imagenet_classes() -> list[str]:
-    """
-    Short names of the 1000 classes of ImageNet-1k in the usual order, by WordNet id: those that torchvision 0.29 gives
-    with its weights (`torchvision/models/_meta.py`). Five that differ in case or meaning alone are changed, so that no
-    name is short for two classes: two cranes, two maillots, and the dog called Cardigan.
-    """
-    return json.loads(Path(__file__).with_name("imagenet_classes.json").read_text(encoding="utf-8"))
-
-
 def class_names(num_classes: int) -> dict[int, str] | None:
-    """The `id2label` of an official model: 1000 classes are those of ImageNet, as in all that are published."""
-    return dict(enumerate(imagenet_classes())) if num_classes == 1000 else None
-
-
-def count_classes(weights: Weights, table: str, config: dict[str, Any] | None) -> tuple[int, bool]:
     """
-    Number of classes of an official model, and whether the table of their embeddings has a null class after them.
+    The `id2label` of an official model: 1000 classes are those of ImageNet-1k, as in all that are published, under the
+    short names of torchvision 0.29 (`torchvision/models/_meta.py`) by WordNet id. Five that differ in case or meaning
+    alone are changed, so that no name is short for two classes: two cranes, two maillots, and the dog called Cardigan.
+    """
+    if num_classes != 1000:
+        return None
+    names = json.loads(Path(__file__).with_name("imagenet_classes.json").read_text(encoding="utf-8"))
+    return dict(enumerate(names))
 
-    The number of rows alone does not tell, but the config in the file may. Without one there is a null class, as in
-    all published files.
+
+def count_classes(weights: Weights, table: str, config: dict[str, Any]) -> int:
+    """
+    Number of classes of an official model. In the table of their embeddings a null class may follow; without a number
+    in the config of the file it does, as in all published files.
     """
     rows = weights.size(table, 0)
     num_classes = config_value(config, "data", "num_classes")
     if num_classes is None:
-        num_classes = rows - 1
+        return rows - 1
     if rows - num_classes not in (0, 1):
         raise ValueError(
             f"`checkpoint` was trained with {num_classes} classes by the entry `data.num_classes` of its config, but "
             f"its table `{table}` has {rows} rows."
         )
-    return num_classes, rows > num_classes
+    return num_classes
 
 
 def convert_projectors(weights: Weights) -> list[RepresentationAlignment]:

@@ -30,7 +30,7 @@ RULES: Rules = (
 SWIGLU: Rules = ((r"ff\.proj_in", "mlp.w12"), (r"ff\.proj_out", "mlp.w3"))
 GELU: Rules = ((r"ff\.proj_in", "mlp.fc1"), (r"ff\.proj_out", "mlp.fc2"))
 
-# Tables that our model computes, see `_check_positions`.
+# Tables that our model computes.
 POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
 
 # What the model's output means, or its input, is not to be seen in the weights.
@@ -42,7 +42,7 @@ ONLY = {
 }
 
 
-def convert_ifsq_dit(weights: Weights, config: dict[str, Any] | None = None) -> IFSQDiTTransformer2DModel:
+def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransformer2DModel:
     """Convert iFSQ's `DiT`: sizes and options are read from its weights, its `scaling_factor` from the config."""
     for (section, name), value in ONLY.items():
         told = config_value(config, section, name)
@@ -52,7 +52,7 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any] | None = None) -> 
                 f"IFSQDiTTransformer2DModel, but its config has {told!r}."
             )
     stem = "x_embedder.proj.weight"
-    num_classes, _ = count_classes(weights, "y_embedder.embedding_table.weight", config)
+    num_classes = count_classes(weights, "y_embedder.embedding_table.weight", config)
     hidden_size, patch_size = weights.size(stem, 0), weights.size(stem, 3)
     if "feat_rope.freqs_cos" not in weights:
         raise ValueError(
@@ -63,6 +63,9 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any] | None = None) -> 
     head_dim = weights.size("feat_rope.freqs_cos", 1)
     patches = math.isqrt(weights.size("pos_embed", 1))
     swiglu = "blocks.0.mlp.w12.weight" in weights
+    qk_norm = None
+    if "blocks.0.attn.q_norm.weight" in weights:
+        qk_norm = "layer_norm" if "blocks.0.attn.q_norm.bias" in weights else "rms_norm"
     model_config = {
         "sample_size": patches * patch_size,
         "patch_size": patch_size,
@@ -72,7 +75,7 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any] | None = None) -> 
         "attention_head_dim": head_dim,
         "num_classes": num_classes,
         "norm_type": "rms_norm" if "blocks.0.norm1.weight" in weights else "layer_norm",
-        "qk_norm": _qk_norm(weights),
+        "qk_norm": qk_norm,
         "activation_fn": "swiglu" if swiglu else "gelu-approximate",
         "id2label": class_names(num_classes),
         "scaling_factor": config_value(config, "data", "latent_multiplier"),
@@ -81,18 +84,7 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any] | None = None) -> 
         model = IFSQDiTTransformer2DModel(**model_config)
     rules = (*RULES, *(SWIGLU if swiglu else GELU))
     load_exactly(model, weights, rules, [PROJECTORS, *map(re.escape, POSITIONS)])
-    _check_positions(model, weights, patches, head_dim)
-    return model
-
-
-def _qk_norm(weights: Weights) -> str | None:
-    if "blocks.0.attn.q_norm.weight" not in weights:
-        return None
-    return "layer_norm" if "blocks.0.attn.q_norm.bias" in weights else "rms_norm"
-
-
-def _check_positions(model: IFSQDiTTransformer2DModel, weights: Weights, patches: int, head_dim: int) -> None:
-    """Fixed tables are not trained, but another size or base would show in them."""
+    # Fixed tables are not trained, but another size or base would show in them.
     cos, sin = rotary_table_2d((patches, patches), head_dim)
     fixed = model._fixed_positions((patches, patches), torch.device("cpu"))
     for name, table in zip(POSITIONS, (fixed[None], cos, sin), strict=True):
@@ -102,6 +94,7 @@ def _check_positions(model: IFSQDiTTransformer2DModel, weights: Weights, patches
                 f"`checkpoint` has positions under `{name}` of shape {tuple(weights[name].shape)} that are not those "
                 f"of a square grid of {patches} x {patches} patches, which IFSQDiTTransformer2DModel computes."
             )
+    return model
 
 
 IFSQ_DIT = CheckpointFormat(
@@ -109,6 +102,5 @@ IFSQ_DIT = CheckpointFormat(
     telltales=("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight"),
     model_class=IFSQDiTTransformer2DModel,
     convert=convert_ifsq_dit,
-    dropped_entries=("opt",),
-    config_entry="config",
+    other_entries=("config", "opt"),
 )

@@ -26,11 +26,9 @@ def convert_ifsq_tokenizer(weights: Weights, config: dict[str, Any]) -> Autoenco
     """Convert an `ImageFSQVAEModel` of the given arguments for images of 256 x 256 pixels."""
     _check_config(config)
     levels, factors = config["levels"], config["hidden_size_mult"]
-    if "quantize._levels" in weights and weights["quantize._levels"].round().tolist() != levels:
-        raise ValueError(
-            f"`config` entry `levels` is {levels}, but the checkpoint was trained with "
-            f"{weights['quantize._levels'].round().int().tolist()}."
-        )
+    trained = weights["quantize._levels"].round().int().tolist() if "quantize._levels" in weights else levels
+    if trained != levels:
+        raise ValueError(f"`config` entry `levels` is {levels}, but the checkpoint was trained with {trained}.")
     model_config = {
         "block_out_channels": [config["hidden_size"] * factor for factor in factors],
         "layers_per_block": config["num_res_blocks"],
@@ -49,16 +47,17 @@ def convert_ifsq_tokenizer(weights: Weights, config: dict[str, Any]) -> Autoenco
     # The official middle has as many residual blocks as a resolution, that of diffusers always two. Where there is
     # one, a second one adds zero to its input, and can still be trained.
     if not any(".mid_block.1." in name for name in weights):
-        for name in [name for name in weights if ".mid_block.0." in name]:
-            weight = weights[name]
-            weights[name.replace("block.0", "block.1")] = torch.zeros_like(weight) if "conv2" in name else weight
+        for name, weight in list(weights.items()):
+            if ".mid_block.0." in name:
+                weights[name.replace("block.0", "block.1")] = torch.zeros_like(weight) if "conv2" in name else weight
     return convert_autoencoder(AutoencoderIFSQ, model_config, weights, rules, DROPPED)
 
 
 def _check_config(config: dict[str, Any]) -> None:
-    missing = [name for name in (*SIZES, *FUNCTIONS) if name not in config]
+    needed = [*SIZES, *FUNCTIONS]
+    missing = [name for name in needed if name not in config]
     if missing:
-        raise ValueError(f"`config` must have the entries {[*SIZES, *FUNCTIONS]}, but lacks {missing}.")
+        raise ValueError(f"`config` must have the entries {needed}, but lacks {missing}.")
     if config["act_fun"] not in ALPHAS:
         raise ValueError(f"`config` entry `act_fun` must be one of {list(ALPHAS)}, got {config['act_fun']!r}.")
     for name in SIZES:
@@ -90,7 +89,7 @@ def _check_config(config: dict[str, Any]) -> None:
         if name in only:
             if value != only[name]:
                 raise ValueError(f"`config` entry `{name}` must be {only[name]!r} for AutoencoderIFSQ, got {value!r}.")
-        elif name not in (*SIZES, *FUNCTIONS, *IGNORED) and value not in (None, "", [], {}):
+        elif name not in (*needed, *IGNORED) and value not in (None, "", [], {}):
             raise ValueError(
                 f"`config` entry `{name}` must be empty for AutoencoderIFSQ, which has none, got {value!r}."
             )
@@ -105,6 +104,6 @@ IFSQ_TOKENIZER = CheckpointFormat(
     ema_entry="ema_state_dict",
     # An empty average is an error: raw weights are only taken where asked for.
     default_weights=("ema",),
-    dropped_entries=("state_dict.dics_model", "optimizer_state", "epoch", "current_step"),
+    other_entries=("state_dict.dics_model", "optimizer_state", "epoch", "current_step"),
     config_files=("config.json", "run.json"),
 )

@@ -30,7 +30,7 @@ SEVERAL_FACTORS: Rules = ((r"embed_tokens\.(\d+)", r"\1_emb"), (r"lm_heads", "ou
 
 def convert_llamagen_ar(
     weights: Weights,
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any],
     num_attention_heads: int | None = None,
     grid_size: int | Sequence[int] | None = None,
 ) -> IFSQARForImageGeneration:
@@ -42,7 +42,7 @@ def convert_llamagen_ar(
     """
     table = "cls_embedding.embedding_table.weight"
     hidden_size, num_layers = weights.size(table, 1), weights.count(r"layers\.(\d+)\.")
-    num_classes, has_null_class = count_classes(weights, table, config)
+    num_classes = count_classes(weights, table, config)
     # Heads are numbered only if there are several.
     num_factors = weights.count(r"output\.(\d+)\.")
     embeddings = [f"{factor}_emb.weight" for factor in range(num_factors)] or ["tok_embeddings.weight"]
@@ -56,7 +56,7 @@ def convert_llamagen_ar(
             num_hidden_layers=num_layers,
             num_factor_layers=weights.count(r"factorized_blocks\.(\d+)\."),
             num_attention_heads=_num_attention_heads(num_attention_heads, num_layers, hidden_size),
-            class_dropout_prob=0.1 if has_null_class else 0.0,
+            class_dropout_prob=0.1 if weights.size(table, 0) > num_classes else 0.0,
             id2label=class_names(num_classes),
         )
     except StrictDataclassError as error:  # It is not a `ValueError`.
@@ -69,32 +69,31 @@ def convert_llamagen_ar(
 
 def _num_attention_heads(given: int | None, num_layers: int, hidden_size: int) -> int:
     """The weights are the same whatever the heads; a named size of LlamaGen tells them."""
-    if given is not None:
-        if given < 1:
-            raise ValueError(f"`num_attention_heads` must be at least 1, got {given}.")
-        return given
     named = {(layers, width): heads for layers, width, heads in SIZES.values()}
-    if (num_layers, hidden_size) not in named:
+    heads = named.get((num_layers, hidden_size)) if given is None else given
+    if heads is None:
         raise ValueError(
             f"`num_attention_heads` must be given: the weights do not tell it, and no named size has {num_layers} "
             f"layers of width {hidden_size}. Layers, width and heads of these are {SIZES}."
         )
-    return named[num_layers, hidden_size]
+    if heads < 1:
+        raise ValueError(f"`num_attention_heads` must be at least 1, got {heads}.")
+    return heads
 
 
-def _grid_size(given: int | Sequence[int] | None, config: dict[str, Any] | None) -> list[int]:
-    grid_size = None if given is None else [given] * 2 if isinstance(given, int) else list(given)
+def _grid_size(given: int | Sequence[int] | None, config: dict[str, Any]) -> list[int]:
+    grid_size = [given] * 2 if isinstance(given, int) else list(given or ())
     pixels = config_value(config, "data", "image_size")
     pixels_per_token = config_value(config, "fsq", "downsample_ratio")
     if pixels is None or pixels_per_token is None:
-        if grid_size is None:
+        if given is None:
             raise ValueError(
                 "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
                 "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
             )
         return grid_size
     told = [pixels // pixels_per_token] * 2
-    if grid_size not in (None, told):
+    if given is not None and grid_size != told:
         raise ValueError(
             f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
             f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} per token, got {grid_size}."
@@ -108,6 +107,5 @@ LLAMAGEN_AR = CheckpointFormat(
     model_class=IFSQARForImageGeneration,
     convert=convert_llamagen_ar,
     options=("num_attention_heads", "grid_size"),
-    dropped_entries=("opt", "optimizer", "steps", "args"),
-    config_entry="config",
+    other_entries=("config", "opt", "optimizer", "steps", "args"),
 )

@@ -1,6 +1,7 @@
 """LlamaGen's image tokenizers VQ-8 and VQ-16 into diffusers' [`~diffusers.VQModel`]."""
 
 import re
+from typing import Any
 
 from diffusers.models.autoencoders.vq_model import VQModel
 from torch.nn import functional as F
@@ -27,7 +28,7 @@ RULES: Rules = (
 )
 
 
-def convert_llamagen_vq(weights: Weights, _: None = None) -> VQModel:
+def convert_llamagen_vq(weights: Weights, _: dict[str, Any]) -> VQModel:
     """
     Convert LlamaGen's `VQModel`, whose sizes are read from its weights, for images of 256 x 256 pixels.
 
@@ -62,5 +63,5 @@ LLAMAGEN_VQ = CheckpointFormat(
     telltales=("encoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"),
     model_class=VQModel,
     convert=convert_llamagen_vq,
-    dropped_entries=("optimizer", "discriminator", "optimizer_disc", "steps"),
+    other_entries=("optimizer", "discriminator", "optimizer_disc", "steps"),
 )

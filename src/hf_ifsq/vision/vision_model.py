@@ -21,11 +21,8 @@ class VisionModel(nn.Module):
     Any vision model that [`~transformers.AutoModel`] loads from a folder or from the Hub, frozen and in evaluation
     mode: a vision transformer or a convolutional network; of a model of images and text, the vision part.
 
-    Attributes:
-        hidden_size (`int`): width of its features.
-        stride (`int`): pixels from one feature to the next.
-        has_class_token (`bool`): whether its first feature stands for the whole image.
-        usual_size (`int`): side in pixels of the images that its config names, or else 224.
+    Its features are `hidden_size` wide and `stride` pixels apart; `has_class_token` says whether the first stands for
+    the whole image. `usual_size` is the side in pixels of the images that its config names, or else 224.
     """
 
     mean: torch.Tensor
@@ -42,11 +39,11 @@ class VisionModel(nn.Module):
         size = getattr(self.model.config, "image_size", None)
         self.usual_size = side = size if isinstance(size, int) else 224
         _, num_features, self.hidden_size = self.extract(torch.zeros(1, 3, side, side), (side, side)).shape
+        self.stride, self.has_class_token = side // math.isqrt(num_features), False
         patch_size = getattr(self.model.config, "patch_size", None)
-        num_patches = (side // patch_size) ** 2 if isinstance(patch_size, int) else math.inf
-        # Convolutional networks and hierarchical transformers, which merge patches on the way, have fewer features.
-        self.stride = patch_size if num_features >= num_patches else side // math.isqrt(num_features)
-        self.has_class_token = num_features > num_patches
+        # Where there are fewer, a hierarchical model merges patches on the way.
+        if isinstance(patch_size, int) and num_features >= (side // patch_size) ** 2:
+            self.stride, self.has_class_token = patch_size, num_features > (side // patch_size) ** 2
 
     def train(self, mode: bool = True) -> "VisionModel":
         """It stays in evaluation mode."""
