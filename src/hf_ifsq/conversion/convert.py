@@ -19,11 +19,8 @@ from ..pipelines.pipeline_ifsq_ar import IFSQARPipeline
 from ..pipelines.pipeline_ifsq_dit import IFSQDiTPipeline
 from ..training.repa import RepresentationAlignment
 from .checkpoint import CheckpointFormat, read_checkpoint, recognize_format, select_weights
-from .generators import convert_projectors
-from .ifsq_dit import IFSQ_DIT
-from .ifsq_tokenizer import IFSQ_TOKENIZER
-from .llamagen_ar import LLAMAGEN_AR
-from .llamagen_vq import LLAMAGEN_VQ
+from .generators import IFSQ_DIT, LLAMAGEN_AR, convert_projectors
+from .tokenizers import IFSQ_TOKENIZER, LLAMAGEN_VQ
 
 
 FORMATS = (IFSQ_TOKENIZER, LLAMAGEN_VQ, LLAMAGEN_AR, IFSQ_DIT)

@@ -1,13 +1,22 @@
-"""What the two official generator models share: the config in their files, class names and REPA projectors."""
+"""The AR models of LlamaGen and iFSQ, and iFSQ's diffusion transformer, into the generator models of this package."""
 
 import json
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 
+from ..models.configuration_ifsq_ar import SIZES, IFSQARConfig
+from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
+from ..models.rotary import rotary_table_2d
+from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
 from ..training.repa import RepresentationAlignment
-from .checkpoint import Weights, load_exactly
+from .checkpoint import CheckpointFormat, Rules, Weights, load_exactly
 
 
 # In names of weights; they are not part of a generator model, see `convert_projectors`.
@@ -47,6 +56,198 @@ def count_classes(weights: Weights, table: str, config: dict[str, Any]) -> int:
             f"its table `{table}` has {rows} rows."
         )
     return num_classes
+
+
+# From our names to official ones.
+AR_RULES: Rules = (
+    (r"^model\.", ""),
+    (r"embed_classes", "cls_embedding.embedding_table"),
+    (r"factor_layers", "factorized_blocks"),
+    (r"self_attn\.qkv_proj", "attention.wqkv"),
+    (r"self_attn\.o_proj", "attention.wo"),
+    (r"input_layernorm", "attention_norm"),
+    (r"post_attention_layernorm", "ffn_norm"),
+    (r"mlp\.down_proj", "feed_forward.w2"),
+    (r"(.*)mlp\.gate_up_proj(.*)", r"\1feed_forward.w1\2|\1feed_forward.w3\2"),
+)
+ONE_FACTOR: Rules = ((r"embed_tokens\.0", "tok_embeddings"), (r"lm_heads\.0", "output"))
+SEVERAL_FACTORS: Rules = ((r"embed_tokens\.(\d+)", r"\1_emb"), (r"lm_heads", "output"))
+
+
+def convert_llamagen_ar(
+    weights: Weights,
+    config: dict[str, Any],
+    num_attention_heads: int | None = None,
+    grid_size: int | Sequence[int] | None = None,
+) -> IFSQARForImageGeneration:
+    """
+    Convert LlamaGen's class-conditional `Transformer`, or iFSQ's, which may predict a token in several factors.
+
+    All sizes but `num_attention_heads` and `grid_size` are read from the weights. Probabilities of dropout are the
+    defaults of our config, which are those of LlamaGen.
+    """
+    table = "cls_embedding.embedding_table.weight"
+    hidden_size, num_layers = weights.size(table, 1), weights.count(r"layers\.(\d+)\.")
+    num_classes = count_classes(weights, table, config)
+    # Heads are numbered only if there are several.
+    num_factors = weights.count(r"output\.(\d+)\.")
+    embeddings = [f"{factor}_emb.weight" for factor in range(num_factors)] or ["tok_embeddings.weight"]
+    try:
+        model_config = IFSQARConfig(
+            vocab_sizes=[weights.size(name, 0) for name in embeddings],
+            num_classes=num_classes,
+            grid_size=_grid_size(grid_size, config),
+            hidden_size=hidden_size,
+            intermediate_size=weights.size("layers.0.feed_forward.w1.weight", 0),
+            num_hidden_layers=num_layers,
+            num_factor_layers=weights.count(r"factorized_blocks\.(\d+)\."),
+            num_attention_heads=_num_attention_heads(num_attention_heads, num_layers, hidden_size),
+            class_dropout_prob=0.1 if weights.size(table, 0) > num_classes else 0.0,
+            id2label=class_names(num_classes),
+        )
+    except StrictDataclassError as error:  # It is not a `ValueError`.
+        raise ValueError(str(error.__cause__ or error)) from error
+    with init_empty_weights():
+        model = IFSQARForImageGeneration(model_config)
+    load_exactly(model, weights, (*AR_RULES, *(SEVERAL_FACTORS if num_factors else ONE_FACTOR)), [PROJECTORS])
+    return model
+
+
+def _num_attention_heads(given: int | None, num_layers: int, hidden_size: int) -> int:
+    """The weights are the same whatever the heads; a named size of LlamaGen tells them."""
+    named = {(layers, width): heads for layers, width, heads in SIZES.values()}
+    heads = named.get((num_layers, hidden_size)) if given is None else given
+    if heads is None:
+        raise ValueError(
+            f"`num_attention_heads` must be given: the weights do not tell it, and no named size has {num_layers} "
+            f"layers of width {hidden_size}. Layers, width and heads of these are {SIZES}."
+        )
+    if heads < 1:
+        raise ValueError(f"`num_attention_heads` must be at least 1, got {heads}.")
+    return heads
+
+
+def _grid_size(given: int | Sequence[int] | None, config: dict[str, Any]) -> list[int]:
+    grid_size = [given] * 2 if isinstance(given, int) else list(given or ())
+    pixels = config_value(config, "data", "image_size")
+    pixels_per_token = config_value(config, "fsq", "downsample_ratio")
+    if pixels is None or pixels_per_token is None:
+        if given is None:
+            raise ValueError(
+                "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
+                "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
+            )
+        return grid_size
+    told = [pixels // pixels_per_token] * 2
+    if given is not None and grid_size != told:
+        raise ValueError(
+            f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
+            f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} per token, got {grid_size}."
+        )
+    return told
+
+
+LLAMAGEN_AR = CheckpointFormat(
+    name="an AR model of LlamaGen or iFSQ",
+    telltales=("cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight"),
+    model_class=IFSQARForImageGeneration,
+    convert=convert_llamagen_ar,
+    options=("num_attention_heads", "grid_size"),
+    other_entries=("config", "opt", "optimizer", "steps", "args"),
+)
+
+
+# From our names to official ones.
+DIT_RULES: Rules = (
+    (r"patch_embed", "x_embedder.proj"),
+    (r"time_embed\.linear_1", "t_embedder.mlp.0"),
+    (r"time_embed\.linear_2", "t_embedder.mlp.2"),
+    (r"class_embed", "y_embedder.embedding_table"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out", "final_layer.norm_final"),
+    (r"^modulation_out", "final_layer.adaLN_modulation.1"),
+    (r"\.modulation\.", ".adaLN_modulation.1."),
+    (r"to_qkv", "qkv"),
+    (r"norm_([qk])\.", r"\1_norm."),
+    (r"to_out", "proj"),
+)
+SWIGLU: Rules = ((r"ff\.proj_in", "mlp.w12"), (r"ff\.proj_out", "mlp.w3"))
+GELU: Rules = ((r"ff\.proj_in", "mlp.fc1"), (r"ff\.proj_out", "mlp.fc2"))
+
+# Tables that our model computes.
+POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+
+# What the model's output means, or its input, is not to be seen in the weights.
+ONLY = {
+    ("transport", "path_type"): "Linear",
+    ("transport", "prediction"): "velocity",
+    # Latents less their mean over their deviation are not codes times a factor.
+    ("data", "latent_norm"): False,
+}
+
+
+def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransformer2DModel:
+    """Convert iFSQ's `DiT`: sizes and options are read from its weights, its `scaling_factor` from the config."""
+    for (section, name), value in ONLY.items():
+        told = config_value(config, section, name)
+        if told not in (None, value):
+            raise ValueError(
+                f"`checkpoint` must have been trained with `{section}.{name}` {value!r} for "
+                f"IFSQDiTTransformer2DModel, but its config has {told!r}."
+            )
+    stem = "x_embedder.proj.weight"
+    num_classes = count_classes(weights, "y_embedder.embedding_table.weight", config)
+    hidden_size, patch_size = weights.size(stem, 0), weights.size(stem, 3)
+    if "feat_rope.freqs_cos" not in weights:
+        raise ValueError(
+            "`checkpoint` must have rotary positions, which IFSQDiTTransformer2DModel always has, but there is no "
+            "`feat_rope.freqs_cos`: it was trained without, or is another diffusion transformer."
+        )
+    # Rotary positions are those of one head.
+    head_dim = weights.size("feat_rope.freqs_cos", 1)
+    patches = math.isqrt(weights.size("pos_embed", 1))
+    swiglu = "blocks.0.mlp.w12.weight" in weights
+    qk_norm = None
+    if "blocks.0.attn.q_norm.weight" in weights:
+        qk_norm = "layer_norm" if "blocks.0.attn.q_norm.bias" in weights else "rms_norm"
+    model_config = {
+        "sample_size": patches * patch_size,
+        "patch_size": patch_size,
+        "in_channels": weights.size(stem, 1),
+        "num_layers": weights.count(r"blocks\.(\d+)\."),
+        "num_attention_heads": hidden_size // head_dim,
+        "attention_head_dim": head_dim,
+        "num_classes": num_classes,
+        "norm_type": "rms_norm" if "blocks.0.norm1.weight" in weights else "layer_norm",
+        "qk_norm": qk_norm,
+        "activation_fn": "swiglu" if swiglu else "gelu-approximate",
+        "id2label": class_names(num_classes),
+        "scaling_factor": config_value(config, "data", "latent_multiplier"),
+    }
+    with init_empty_weights():
+        model = IFSQDiTTransformer2DModel(**model_config)
+    rules = (*DIT_RULES, *(SWIGLU if swiglu else GELU))
+    load_exactly(model, weights, rules, [PROJECTORS, *map(re.escape, POSITIONS)])
+    # Fixed tables are not trained, but another size or base would show in them.
+    cos, sin = rotary_table_2d((patches, patches), head_dim)
+    fixed = model._fixed_positions((patches, patches), torch.device("cpu"))
+    for name, table in zip(POSITIONS, (fixed[None], cos, sin), strict=True):
+        # Wide enough for tables in bfloat16.
+        if weights[name].shape != table.shape or not torch.allclose(weights[name].float(), table, atol=1e-2):
+            raise ValueError(
+                f"`checkpoint` has positions under `{name}` of shape {tuple(weights[name].shape)} that are not those "
+                f"of a square grid of {patches} x {patches} patches, which IFSQDiTTransformer2DModel computes."
+            )
+    return model
+
+
+IFSQ_DIT = CheckpointFormat(
+    name="a diffusion transformer of iFSQ",
+    telltales=("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight"),
+    model_class=IFSQDiTTransformer2DModel,
+    convert=convert_ifsq_dit,
+    other_entries=("config", "opt"),
+)
 
 
 def convert_projectors(weights: Weights) -> list[RepresentationAlignment]:
