@@ -94,9 +94,8 @@ class CodebookUsage:
             - `perplexity` (`float`): `2**entropy_bits`: as many evenly used codes have the same entropy.
             - with `levels`, `dimension_histograms` (`list[list[int]]`): how often each level of each dimension
               occurs; and `dimension_entropies_bits` (`list[float]`), at most `log2(level)` each.
-            - with `bounded` values, `dimension_ks_distances` (`list[float]`): the largest distance in each dimension
-              of the cumulative distribution of the bounded values to that of the uniform distribution on
-              [-1, 1], in [0, 1] and exact to 2**-16.
+            - with `bounded`, `dimension_ks_distances` (`list[float]`): per dimension the largest distance of the
+              cumulative distributions of these values and of the uniform one, in [0, 1] and exact to 2**-16.
         """
         if not len(self._tokens):
             raise ValueError("There are no tokens: call `update` first.")

@@ -22,18 +22,10 @@ IMAGE = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
 
 
 class Metric(evaluate.Metric):
-    """
-    A metric whose texts are those of its card, the `README.md` of its folder.
-
-    Attributes:
-        folder (`str`): name of its folder.
-        inputs (`dict`): features of `predictions` and, if it takes any, of `references`.
-        urls (`tuple[str, ...]`): where it comes from.
-    """
+    """A metric whose texts are those of the `README.md` in its `folder`; `inputs` are the features of what it takes."""
 
     folder: ClassVar[str]
     inputs: ClassVar[dict[str, Any]]
-    urls: ClassVar[tuple[str, ...]]
 
     def _info(self) -> evaluate.MetricInfo:
         card = (Path(__file__).parent / self.folder / "README.md").read_text(encoding="utf-8")
@@ -43,7 +35,6 @@ class Metric(evaluate.Metric):
             citation=re.sub(r"```(bibtex)?\n?", "", sections["Citation"]).strip(),
             inputs_description=sections["How to use"].strip(),
             features=datasets.Features(self.inputs),
-            reference_urls=list(self.urls),
         )
         # Not an argument: it is refused for nested features. Lists would take four times the memory or more.
         info.format = "numpy"

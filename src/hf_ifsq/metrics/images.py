@@ -27,8 +27,7 @@ def check_image_pair(images: torch.Tensor, references: torch.Tensor, smallest_si
 
 def peak_signal_noise_ratio(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """
-    Peak signal-to-noise ratio of each image: `10 * log10(range**2 / mean squared error)`, the mean over all pixels and
-    channels, and the range 2.
+    Peak signal-to-noise ratio of each image: `10 * log10(2**2 / mean squared error)` over its pixels and channels.
 
     Args:
         images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1].

@@ -12,8 +12,8 @@ class PatchDiscriminator(nn.Module):
     """
     Tells real from reconstructed patches of an image (PatchGAN, https://arxiv.org/abs/1611.07004).
 
-    The normalization is by groups of channels, where the original normalizes by batch: a score depends on its own
-    image alone, so that several processes train like one.
+    It normalizes by groups of channels, where the original normalizes by batch: a score depends on its own image
+    alone, so that several processes train like one.
 
     Args:
         in_channels (`int`): channels of the images.
@@ -40,11 +40,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            images (`torch.Tensor` of shape `(batch, in_channels, height, width)`): images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, 1, rows, columns)`: a score for each patch, higher for real ones.
+        Scores `(batch, 1, rows, columns)`, one per patch and higher for real ones, of images in [-1, 1] of shape
+        `(batch, in_channels, height, width)`.
         """
         if min(images.shape[-2:]) < self.smallest_side:
             raise ValueError(

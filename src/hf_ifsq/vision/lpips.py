@@ -32,8 +32,7 @@ def check_image_shapes(images: torch.Tensor, references: torch.Tensor, smallest_
 
 class LPIPS(nn.Module):
     r"""
-    Learned perceptual distance of two images: their VGG16 features after each of five stages are normalized to unit
-    length over the channels, and the squared differences are weighted by channel, averaged over places, and summed:
+    Learned perceptual distance of two images, on their VGG16 features `f` and `g` after each of five stages:
     `sum_l mean_hw sum_c w_lc * (f_lchw / |f_lhw| - g_lchw / |g_lhw|)**2`. The weights `w` are those of version 0.1 of
     LPIPS, which come with this package; VGG16's own are loaded.
 
@@ -85,19 +84,17 @@ class LPIPS(nn.Module):
             `torch.Tensor` of shape `(batch,)`, float32: distances of at least 0, the smaller the more alike.
         """
         check_image_shapes(images, references, smallest_side=16)
+        distances = []
         with torch.autocast(device_type=images.device.type, enabled=False):
-            pair = [
-                (values.float().expand(-1, 3, -1, -1) - self.shift) / self.scale for values in (images, references)
-            ]
-            distances = torch.zeros(len(images), device=images.device)
+            pair = [(values.float() - self.shift) / self.scale for values in (images, references)]
             for number, layer in enumerate(self.features):
                 pair = [layer(hidden) for hidden in pair]
                 if number in self._stage_ends:
                     lengths = [torch.linalg.vector_norm(hidden, dim=1, keepdim=True) + 1e-10 for hidden in pair]
                     difference = pair[0] / lengths[0] - pair[1] / lengths[1]
-                    head = self.heads[self._stage_ends.index(number)]
-                    distances = distances + head(difference.square()).mean(dim=(1, 2, 3))
-        return distances
+                    head = self.heads[len(distances)]
+                    distances.append(head(difference.square()).mean(dim=(1, 2, 3)))
+        return torch.stack(distances).sum(dim=0)
 
     def _load_features(self, vgg: str, revision: str | None) -> None:
         try:

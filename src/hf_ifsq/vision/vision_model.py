@@ -80,12 +80,8 @@ class Teacher(VisionModel):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, rows * columns, hidden_size)`, float32: the features of the patches in
-            raster order, without class and register tokens.
+        The features of patches `(batch, rows * columns, hidden_size)`, float32 and in raster order, without class and
+        register tokens, of images `(batch, 1 or 3, height, width)` in [-1, 1].
         """
         features = self.extract(pixel_values, self.image_size)
         num_patches = math.prod(self.grid_size)
@@ -116,12 +112,6 @@ class FeatureExtractor(VisionModel):
             raise ValueError(f"`image_size` must be at least {self.stride} pixels, got {self.image_size}.")
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, hidden_size)`, float32.
-        """
+        """Features `(batch, hidden_size)`, float32, of images `(batch, 1 or 3, height, width)` in [-1, 1]."""
         features = self.extract(pixel_values, (self.image_size, self.image_size))
         return features[:, 0] if self.has_class_token else features.mean(dim=1)

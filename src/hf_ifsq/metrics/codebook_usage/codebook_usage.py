@@ -1,5 +1,3 @@
-"""How image tokens use their codebook, as a module of `evaluate`."""
-
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ class CodebookUsage(evaluation.Metric):
 
     folder = "codebook_usage"
     inputs = {"predictions": evaluation.TOKENS}
-    urls = ("https://arxiv.org/abs/2309.15505", "https://arxiv.org/abs/2601.17124")
 
     def _compute(
         self, predictions, codebook_size: int | None = None, levels: list[int] | None = None, bounded=None

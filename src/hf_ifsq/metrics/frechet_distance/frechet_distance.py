@@ -1,5 +1,3 @@
-"""Fréchet distance between two sets of features, as a module of `evaluate`."""
-
 from hf_ifsq.metrics import evaluation, frechet
 
 
@@ -8,7 +6,6 @@ class FrechetDistance(evaluation.Metric):
 
     folder = "frechet_distance"
     inputs = {"predictions": evaluation.VECTOR, "references": evaluation.VECTOR}
-    urls = ("https://arxiv.org/abs/1706.08500",)
 
     def _compute(self, predictions, references) -> dict[str, float]:
         moments, reference_moments = frechet.FeatureMoments(), frechet.FeatureMoments()

@@ -1,5 +1,3 @@
-"""Learned perceptual distance (LPIPS) of reconstructed images, as a module of `evaluate`."""
-
 import statistics
 
 import torch
@@ -13,7 +11,6 @@ class Lpips(evaluation.Metric):
 
     folder = "lpips"
     inputs = {"predictions": evaluation.IMAGE, "references": evaluation.IMAGE}
-    urls = ("https://arxiv.org/abs/1801.03924", "https://github.com/richzhang/PerceptualSimilarity")
 
     @torch.no_grad()
     def _compute(

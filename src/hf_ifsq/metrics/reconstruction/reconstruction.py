@@ -1,5 +1,3 @@
-"""PSNR and SSIM of reconstructed images, as a module of `evaluate`."""
-
 import statistics
 
 from hf_ifsq.metrics import evaluation, images
@@ -10,7 +8,6 @@ class Reconstruction(evaluation.Metric):
 
     folder = "reconstruction"
     inputs = {"predictions": evaluation.IMAGE, "references": evaluation.IMAGE}
-    urls = ("https://doi.org/10.1109/TIP.2003.819861",)
 
     def _compute(self, predictions, references) -> dict[str, float | list[float]]:
         pairs = list(evaluation.image_pairs(predictions, references))
