@@ -53,15 +53,13 @@ def convert_checkpoint(
     Convert an official checkpoint. Its format is told by the names of its weights, which must fit one to one.
 
     Args:
-        checkpoint (`str` or `pathlib.Path`):
-            a file of `torch.save`, of which tensors and plain values are read only, or of safetensors.
+        checkpoint (`str` or `pathlib.Path`): a file of `torch.save` or of safetensors. No code in it is run.
         config (`str` or `pathlib.Path`, *optional*):
             the JSON file that a tokenizer of iFSQ was trained with; by default the one beside `checkpoint`.
         weights (`str`, *optional*):
             `ema` for the moving average of the weights, `raw` for the weights as trained. By default the moving
             average, or the only weights of a format that may come without one.
-        num_attention_heads (`int`, *optional*):
-            heads of an AR model; needed if its sizes are none of LlamaGen's.
+        num_attention_heads (`int`, *optional*): heads of an AR model; needed if its sizes are none of LlamaGen's.
         grid_size (`int` or `tuple[int, int]`, *optional*):
             rows and columns of the tokens of an AR model; needed if the file does not tell them, as LlamaGen's do not.
 

@@ -81,10 +81,8 @@ def convert_llamagen_ar(
     grid_size: int | Sequence[int] | None = None,
 ) -> IFSQARForImageGeneration:
     """
-    Convert LlamaGen's class-conditional `Transformer`, or iFSQ's, which may predict a token in several factors.
-
-    All sizes but `num_attention_heads` and `grid_size` are read from the weights. Probabilities of dropout are the
-    defaults of our config, which are those of LlamaGen.
+    Convert LlamaGen's class-conditional `Transformer`, or iFSQ's, which may predict a token in several factors. All
+    sizes but `num_attention_heads` and `grid_size` are read from the weights; dropout is LlamaGen's, our default.
     """
     table = "cls_embedding.embedding_table.weight"
     hidden_size, num_layers = weights.size(table, 1), weights.count(r"layers\.(\d+)\.")
@@ -131,14 +129,12 @@ def _grid_size(given: int | Sequence[int] | None, config: dict[str, Any]) -> lis
     grid_size = [given] * 2 if isinstance(given, int) else list(given or ())
     pixels = config_value(config, "data", "image_size")
     pixels_per_token = config_value(config, "fsq", "downsample_ratio")
-    if pixels is None or pixels_per_token is None:
-        if given is None:
-            raise ValueError(
-                "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
-                "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
-            )
-        return grid_size
-    told = [pixels // pixels_per_token] * 2
+    told = [pixels // pixels_per_token] * 2 if pixels and pixels_per_token else grid_size
+    if given is None and not told:
+        raise ValueError(
+            "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
+            "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
+        )
     if given is not None and grid_size != told:
         raise ValueError(
             f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
@@ -210,22 +206,21 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransfo
     qk_norm = None
     if "blocks.0.attn.q_norm.weight" in weights:
         qk_norm = "layer_norm" if "blocks.0.attn.q_norm.bias" in weights else "rms_norm"
-    model_config = {
-        "sample_size": patches * patch_size,
-        "patch_size": patch_size,
-        "in_channels": weights.size(stem, 1),
-        "num_layers": weights.count(r"blocks\.(\d+)\."),
-        "num_attention_heads": hidden_size // head_dim,
-        "attention_head_dim": head_dim,
-        "num_classes": num_classes,
-        "norm_type": "rms_norm" if "blocks.0.norm1.weight" in weights else "layer_norm",
-        "qk_norm": qk_norm,
-        "activation_fn": "swiglu" if swiglu else "gelu-approximate",
-        "id2label": class_names(num_classes),
-        "scaling_factor": config_value(config, "data", "latent_multiplier"),
-    }
     with init_empty_weights():
-        model = IFSQDiTTransformer2DModel(**model_config)
+        model = IFSQDiTTransformer2DModel(
+            sample_size=patches * patch_size,
+            patch_size=patch_size,
+            in_channels=weights.size(stem, 1),
+            num_layers=weights.count(r"blocks\.(\d+)\."),
+            num_attention_heads=hidden_size // head_dim,
+            attention_head_dim=head_dim,
+            num_classes=num_classes,
+            norm_type="rms_norm" if "blocks.0.norm1.weight" in weights else "layer_norm",
+            qk_norm=qk_norm,
+            activation_fn="swiglu" if swiglu else "gelu-approximate",
+            id2label=class_names(num_classes),
+            scaling_factor=config_value(config, "data", "latent_multiplier"),
+        )
     rules = (*DIT_RULES, *(SWIGLU if swiglu else GELU))
     load_exactly(model, weights, rules, [PROJECTORS, *map(re.escape, POSITIONS)])
     # Fixed tables are not trained, but another size or base would show in them.

@@ -28,10 +28,8 @@ def convert_autoencoder(
     model_class: type[Autoencoder], config: dict[str, Any], weights: Weights, rules: Rules, dropped: str
 ) -> Autoencoder:
     """
-    Build an autoencoder of diffusers' `Encoder` and `Decoder` and fill it with official weights.
-
-    Official encoders start at a base width, those of diffusers at the width of the first resolution. Where these
-    differ, as in no published tokenizer, the result has twice as many channels, see `_widen`.
+    Build an autoencoder of diffusers' `Encoder` and `Decoder` and fill it with official weights. The official encoder
+    may start narrower than at its first resolution, as in no published tokenizer: see `_widen`.
     """
     width = config["block_out_channels"][0]
     stem = weights.size("encoder.conv_in.weight", 0)
@@ -49,7 +47,7 @@ def convert_autoencoder(
 
 def _widen(model: Autoencoder, config: dict[str, Any]) -> Autoencoder:
     """
-    The same function by a model whose first convolution is as wide as its first resolution.
+    The same function by a model whose first convolution is as wide as its first resolution, as diffusers' are.
 
     The first residual block maps the stem, which is a convolution of the image, to `shortcut(stem) + residual(stem)`.
     Here there are twice as many channels in twice as many groups. The first half starts as `shortcut(stem)`, which is
@@ -128,26 +126,28 @@ def convert_ifsq_tokenizer(weights: Weights, config: dict[str, Any]) -> Autoenco
 
 
 def _check_config(config: dict[str, Any]) -> None:
+    def check(name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise ValueError(f"`config` entry `{name}` must be {what}, got {config[name]!r}.")
+
+    def is_size(value: object) -> bool:
+        return type(value) is int and value > 0
+
     needed = [*SIZES, *SIZE_LISTS, *FUNCTIONS]
     missing = [name for name in needed if name not in config]
     if missing:
         raise ValueError(f"`config` must have the entries {needed}, but lacks {missing}.")
-    if config["act_fun"] not in ALPHAS:
-        raise ValueError(f"`config` entry `act_fun` must be one of {list(ALPHAS)}, got {config['act_fun']!r}.")
-    for name in (*SIZES, *SIZE_LISTS):
-        value = config[name]
-        numbers = value if name in SIZE_LISTS else [value]
-        if not isinstance(numbers, list) or not numbers or any(type(n) is not int or n < 1 for n in numbers):
-            kind = "a list of positive integers" if name in SIZE_LISTS else "a positive integer"
-            raise ValueError(f"`config` entry `{name}` must be {kind}, got {value!r}.")
-    levels = config["levels"]
-    if not all(level % 2 for level in levels):
-        raise ValueError(f"`config` entry `levels` must be odd, as in the official code, got {levels}.")
-    if len(levels) != config["embed_dim"]:
-        raise ValueError(
-            f"`config` entry `embed_dim` must be the number of `levels` {levels}, got {config['embed_dim']}."
+    for name in SIZES:
+        check(name, is_size(config[name]), "a positive integer")
+    for name in SIZE_LISTS:
+        sizes = config[name]
+        check(
+            name, isinstance(sizes, list) and sizes != [] and all(map(is_size, sizes)), "a list of positive integers"
         )
-    resolutions = len(config["hidden_size_mult"])
+    levels, resolutions = config["levels"], len(config["hidden_size_mult"])
+    check("levels", all(level % 2 for level in levels), "odd, as in the official code")
+    check("embed_dim", config["embed_dim"] == len(levels), f"the number of `levels` {levels}")
+    check("act_fun", config["act_fun"] in ALPHAS, f"one of {list(ALPHAS)}")
     only = {
         "_class_name": "ImageFSQVAEModel",
         "norm_type": "groupnorm",
@@ -161,12 +161,9 @@ def _check_config(config: dict[str, Any]) -> None:
     }
     for name, value in config.items():
         if name in only:
-            if value != only[name]:
-                raise ValueError(f"`config` entry `{name}` must be {only[name]!r} for AutoencoderIFSQ, got {value!r}.")
-        elif name not in (*needed, *IGNORED) and value not in (None, "", [], {}):
-            raise ValueError(
-                f"`config` entry `{name}` must be empty for AutoencoderIFSQ, which has none, got {value!r}."
-            )
+            check(name, value == only[name], f"{only[name]!r} for AutoencoderIFSQ")
+        elif name not in (*needed, *IGNORED):
+            check(name, value in (None, "", [], {}), "empty for AutoencoderIFSQ, which has none")
 
 
 IFSQ_TOKENIZER = CheckpointFormat(
@@ -199,12 +196,7 @@ VQ_RULES: Rules = (
 
 
 def convert_llamagen_vq(weights: Weights, _: dict[str, Any]) -> VQModel:
-    """
-    Convert LlamaGen's `VQModel`, whose sizes are read from its weights, for images of 256 x 256 pixels.
-
-    The codebook is normalized: then the nearest code in Euclidean distance, which diffusers takes, is the nearest in
-    angle, which LlamaGen takes.
-    """
+    """Convert LlamaGen's `VQModel`, whose sizes are read from its weights, for images of 256 x 256 pixels."""
     levels = weights.count(r"encoder\.conv_blocks\.(\d+)\.")
     attention = [""] * (levels - 1) + ["Attn"]
     model_config = {
@@ -224,6 +216,7 @@ def convert_llamagen_vq(weights: Weights, _: dict[str, Any]) -> VQModel:
     for name, weight in weights.items():
         if re.search(r"\.(q|k|v|proj_out)\.weight$", name):
             weights[name] = weight.flatten(1)
+    # The nearest code in Euclidean distance, which diffusers takes, is then that in angle, which LlamaGen takes.
     weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"].float(), dim=-1)
     # Codes used lately, which the training only logs.
     dropped = r"quantize\.codebook_used"

@@ -22,7 +22,7 @@ IMAGE = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
 
 
 class Metric(evaluate.Metric):
-    """A metric whose texts are those of the `README.md` in its `folder`; `inputs` are the features of what it takes."""
+    """A metric with the texts of the `README.md` in its `folder`; `inputs` are the features of what it takes."""
 
     folder: ClassVar[str]
     inputs: ClassVar[dict[str, Any]]
