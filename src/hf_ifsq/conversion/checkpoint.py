@@ -42,13 +42,13 @@ class Weights(dict[str, torch.Tensor]):
 class CheckpointFormat:
     """One format of official checkpoints. `outer.inner` names an entry of a dictionary in the file."""
 
-    # What the files hold, for messages and model cards.
     name: str
     # Names of weights that together occur in no other format.
     telltales: tuple[str, ...]
     model_class: type
     # Takes the weights, the config, and the `options` as keyword arguments.
     convert: Callable[..., ModelMixin | PreTrainedModel]
+    options: tuple[str, ...] = ()
     raw_entry: str = "model"
     ema_entry: str = "ema"
     # Sets of weights to take if none is asked for: the first that the file has.
@@ -57,7 +57,6 @@ class CheckpointFormat:
     other_entries: tuple[str, ...] = ()
     # Names of the config where it is a file beside the checkpoint, which must be there.
     config_files: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -142,12 +141,12 @@ def select_weights(
     )
 
 
-def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: Rules, dropped: Iterable[str]) -> None:
+def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: Rules, dropped: str = "") -> None:
     """
     Fill a model, whose parameters may be without storage, with copies in float32 of weights that fit it one to one.
 
     The rules lead from the name of a weight of the model to the official one, or with `|` between them to several, of
-    equal size, that it is made of one below the other. The model has no use for names that match one of `dropped`.
+    equal size, that it is made of one below the other. The model has no use for names that match `dropped`.
     """
     parts, shapes = {}, {}
     for name, weight in model.state_dict().items():
@@ -156,17 +155,15 @@ def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: R
             officials = re.sub(pattern, replacement, officials)
         parts[name] = officials.split("|")
         shapes.update(dict.fromkeys(parts[name], (weight.shape[0] // len(parts[name]), *weight.shape[1:])))
-    extra = [name for name in weights if name not in shapes]
-    shared = {name: weight for name, weight in weights.items() if name in shapes}
     problems = {
         "missing": [name for name in shapes if name not in weights],
-        "unexpected": [name for name in extra if not any(re.fullmatch(pattern, name) for pattern in dropped)],
+        "unexpected": [name for name in weights if name not in shapes and not re.fullmatch(dropped, name)],
         "misshapen": [
             f"{name} of shape {tuple(weight.shape)} instead of {shapes[name]}"
-            for name, weight in shared.items()
-            if weight.shape != shapes[name]
+            for name, weight in weights.items()
+            if name in shapes and weight.shape != shapes[name]
         ],
-        "not finite": [name for name, weight in shared.items() if not weight.isfinite().all()],
+        "not finite": [name for name, weight in weights.items() if name in shapes and not weight.isfinite().all()],
     }
     found = [f"{len(names)} {kind}: {names[:3]}" for kind, names in problems.items() if names]
     if found:
@@ -176,9 +173,8 @@ def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: R
 
 
 def _is_table(entry: object) -> TypeGuard[dict[str, torch.Tensor]]:
-    if not isinstance(entry, dict) or not entry:
-        return False
-    return all(isinstance(name, str) and torch.is_tensor(value) for name, value in entry.items())
+    items = entry.items() if isinstance(entry, dict) else ()
+    return bool(items) and all(isinstance(name, str) and torch.is_tensor(value) for name, value in items)
 
 
 def _without_prefixes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from ..training.repa import RepresentationAlignment
 from .checkpoint import CheckpointFormat, Rules, Weights, load_exactly
 
 
-# In names of weights; they are not part of a generator model, see `convert_projectors`.
+# Names of weights that are not part of a generator model, see `convert_projectors`.
 PROJECTORS = r"projectors\.\d+\..*"
 
 
@@ -107,7 +107,7 @@ def convert_llamagen_ar(
         raise ValueError(str(error.__cause__ or error)) from error
     with init_empty_weights():
         model = IFSQARForImageGeneration(model_config)
-    load_exactly(model, weights, (*AR_RULES, *(SEVERAL_FACTORS if num_factors else ONE_FACTOR)), [PROJECTORS])
+    load_exactly(model, weights, (*AR_RULES, *(SEVERAL_FACTORS if num_factors else ONE_FACTOR)), PROJECTORS)
     return model
 
 
@@ -170,9 +170,6 @@ DIT_RULES: Rules = (
 SWIGLU: Rules = ((r"ff\.proj_in", "mlp.w12"), (r"ff\.proj_out", "mlp.w3"))
 GELU: Rules = ((r"ff\.proj_in", "mlp.fc1"), (r"ff\.proj_out", "mlp.fc2"))
 
-# Tables that our model computes.
-POSITIONS = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
-
 # What the model's output means, or its input, is not to be seen in the weights.
 ONLY = {
     ("transport", "path_type"): "Linear",
@@ -221,12 +218,13 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransfo
             id2label=class_names(num_classes),
             scaling_factor=config_value(config, "data", "latent_multiplier"),
         )
-    rules = (*DIT_RULES, *(SWIGLU if swiglu else GELU))
-    load_exactly(model, weights, rules, [PROJECTORS, *map(re.escape, POSITIONS)])
-    # Fixed tables are not trained, but another size or base would show in them.
+    # Our model computes these tables, but another size or base would show in them.
     cos, sin = rotary_table_2d((patches, patches), head_dim)
     fixed = model._fixed_positions((patches, patches), torch.device("cpu"))
-    for name, table in zip(POSITIONS, (fixed[None], cos, sin), strict=True):
+    positions = {"pos_embed": fixed[None], "feat_rope.freqs_cos": cos, "feat_rope.freqs_sin": sin}
+    rules = (*DIT_RULES, *(SWIGLU if swiglu else GELU))
+    load_exactly(model, weights, rules, dropped="|".join([PROJECTORS, *map(re.escape, positions)]))
+    for name, table in positions.items():
         # Wide enough for tables in bfloat16.
         if weights[name].shape != table.shape or not torch.allclose(weights[name].float(), table, atol=1e-2):
             raise ValueError(
@@ -258,6 +256,6 @@ def convert_projectors(weights: Weights) -> list[RepresentationAlignment]:
                 teacher_hidden_size=projector.size(f"{prefix}4.weight", 0),
                 projector_dim=projector.size(f"{prefix}0.weight", 0),
             )
-        load_exactly(alignment, projector, [(r"^projector\.", prefix)], dropped=())
+        load_exactly(alignment, projector, [(r"^projector\.", prefix)])
         alignments.append(alignment)
     return alignments

@@ -41,7 +41,7 @@ def convert_autoencoder(
             encoder.conv_in = nn.Conv2d(model.config["in_channels"], stem, 3, padding=1)
             options: dict[str, Any] = {"temb_channels": None, "groups": groups, "eps": 1e-6}
             encoder.down_blocks[0].resnets[0] = ResnetBlock2D(in_channels=stem, out_channels=width, **options)
-    load_exactly(model, weights, (*BLOCK_RULES, *rules), [dropped])
+    load_exactly(model, weights, (*BLOCK_RULES, *rules), dropped)
     return _widen(model, config) if narrow else model
 
 
@@ -82,6 +82,7 @@ def _widen(model: Autoencoder, config: dict[str, Any]) -> Autoencoder:
     return wide
 
 
+# The config of an iFSQ tokenizer.
 ALPHAS = {"scale_sigmoid_16": 1.6, "scale_sigmoid_20": 2.0}
 
 SIZES = ("hidden_size", "num_res_blocks", "z_channels", "embed_dim")

@@ -84,7 +84,7 @@ class LPIPS(nn.Module):
             `torch.Tensor` of shape `(batch,)`, float32: distances of at least 0, the smaller the more alike.
         """
         check_image_shapes(images, references, smallest_side=16)
-        distances = []
+        distances: list[torch.Tensor] = []
         with torch.autocast(device_type=images.device.type, enabled=False):
             pair = [(values.float() - self.shift) / self.scale for values in (images, references)]
             for number, layer in enumerate(self.features):
