@@ -31,9 +31,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Conversion:
     """
-    A converted checkpoint: the model, float32 and in evaluation mode; what the official file holds; the entry that the
-    weights are from, `None` if the file is a bare set of weights; and of a generator model that was trained with
-    representation alignment the projectors, one per teacher.
+    A converted checkpoint: the model, float32 and in evaluation mode; what the official file holds; its entry with
+    the weights, `None` if it is a bare set of weights; the projectors of REPA in a generator model, one per teacher.
     """
 
     model: ModelMixin | PreTrainedModel
@@ -132,11 +131,10 @@ def assemble_pipeline(
 
     The tokenizer is loaded for images of the model's grid. For diffusion the two must agree on `scaling_factor`, which
     the official code keeps beside the model: the one in the model's config wins, or where it has none the tokenizer's.
-    The model takes over the tokenizer's `levels` too.
 
     Args:
         model ([`IFSQARForImageGeneration`] or [`IFSQDiTTransformer2DModel`]):
-            the generator model; the config of a diffusion model is changed in place.
+            the generator model; that of diffusion takes over `scaling_factor` and `levels` in place.
         tokenizer (`str`): a folder or a name on the Hub, of a converted or a trained tokenizer.
 
     Returns:

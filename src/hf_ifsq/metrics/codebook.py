@@ -16,15 +16,12 @@ NUM_BINS = 2**16
 class CodebookUsage:
     """
     Counts the tokens of images: what share of the codebook they use, and how evenly. Memory grows with the number of
-    different tokens alone.
-
-    Entropies are at most the logarithm of the number of counted tokens: give many times as many tokens as there are
-    codes before comparing codebooks.
+    different tokens alone. Compare codebooks on many times as many tokens as there are codes: entropies are at most
+    the logarithm of the number of tokens.
 
     Args:
         codebook_size (`int`, *optional*): number of codes; by default the product of `levels`.
-        levels (`list[int]`, *optional*):
-            levels of each dimension of finite scalar quantization, the first least significant in a token.
+        levels (`list[int]`, *optional*): levels of each dimension, the first least significant in a token.
     """
 
     def __init__(self, codebook_size: int | None = None, levels: list[int] | None = None):
@@ -69,8 +66,7 @@ class CodebookUsage:
                 f"[{tokens.min().item()}, {tokens.max().item()}]."
             )
         bins = None if bounded is None else self._count_bins(torch.as_tensor(bounded).detach(), tokens.numel())
-        batch_tokens, batch_counts = np.unique(tokens.numpy().astype(np.int64), return_counts=True)
-        self._add(batch_tokens, batch_counts, bins)
+        self._add(*np.unique(tokens.numpy().astype(np.int64), return_counts=True), bins)
 
     def merge(self, other: "CodebookUsage") -> None:
         """Add the counts of another part of the data, such as that of another process, of the same codebook."""
@@ -118,9 +114,8 @@ class CodebookUsage:
             result["dimension_histograms"] = [histogram.tolist() for histogram in histograms]
             result["dimension_entropies_bits"] = [_entropy_bits(histogram) for histogram in histograms]
         if self._bins is not None:
-            cumulative = self._bins.cumsum(axis=1) / self._bins.sum(axis=1, keepdims=True)
-            uniform = np.arange(1, NUM_BINS + 1) / NUM_BINS
-            result["dimension_ks_distances"] = np.abs(cumulative - uniform).max(axis=1).tolist()
+            distances = np.abs(self._bins.cumsum(axis=1) / num_tokens - np.arange(1, NUM_BINS + 1) / NUM_BINS)
+            result["dimension_ks_distances"] = distances.max(axis=1).tolist()
         return result
 
     def _add(self, tokens: np.ndarray, counts: np.ndarray, bins: np.ndarray | None) -> None:

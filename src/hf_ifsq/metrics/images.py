@@ -43,8 +43,7 @@ def peak_signal_noise_ratio(images: torch.Tensor, references: torch.Tensor) -> t
 def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """
     Structural similarity of each image (SSIM, https://doi.org/10.1109/TIP.2003.819861): with the paper's Gaussian
-    window of 11 pixels and constants 0.01 and 0.03, averaged over the channels and over all places where the window
-    fits into the image.
+    window of 11 pixels and constants 0.01 and 0.03, averaged over channels and all places where the window fits in.
 
     Args:
         images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1], at least 11 x 11 pixels.

@@ -10,10 +10,8 @@ from torch.nn.grad import conv2d_weight
 
 class PatchDiscriminator(nn.Module):
     """
-    Tells real from reconstructed patches of an image (PatchGAN, https://arxiv.org/abs/1611.07004).
-
-    It normalizes by groups of channels, where the original normalizes by batch: a score depends on its own image
-    alone, so that several processes train like one.
+    Tells real from reconstructed patches of an image (PatchGAN, https://arxiv.org/abs/1611.07004). It normalizes by
+    groups of channels, not by batch: a score depends on its own image alone, so that several processes train like one.
 
     Args:
         in_channels (`int`): channels of the images.
@@ -94,13 +92,11 @@ def generator_loss(
         reduce (`Callable`): mean of a tensor over the processes, so that all of them get the same weight.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the loss and its weight, two scalars; the weight is in [0, 10000] and
-        without gradient.
+        `tuple[torch.Tensor, torch.Tensor]`: the loss and its weight in [0, 10000], without gradient, two scalars.
     """
     inputs = last_layer.__dict__.pop("latest_input", None)
     if inputs is None:
         raise ValueError("`last_layer` must have kept its input: call `remember_input` before the model runs.")
-    inputs = inputs.float()
     (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, images, retain_graph=True)
     judged = images.detach().requires_grad_()
     scores = discriminator(judged).float()
@@ -112,7 +108,7 @@ def generator_loss(
     options = (last_layer.stride, last_layer.padding, last_layer.dilation, last_layer.groups)
 
     def norm(images_gradient: torch.Tensor) -> torch.Tensor:
-        return reduce(conv2d_weight(inputs, size, images_gradient.float(), *options)).norm()
+        return reduce(conv2d_weight(inputs.float(), size, images_gradient.float(), *options)).norm()
 
     weight = norm(reconstruction_gradient) / (norm(gradient) + 1e-4)
     return loss, weight.clamp(max=1e4)
