@@ -87,6 +87,32 @@ def convert_llamagen_ar(
     table = "cls_embedding.embedding_table.weight"
     hidden_size, num_layers = weights.size(table, 1), weights.count(r"layers\.(\d+)\.")
     num_classes = count_classes(weights, table, config)
+    # The weights are the same whatever the heads; a named size of LlamaGen tells them.
+    if num_attention_heads is None:
+        named = {(layers, width): heads for layers, width, heads in SIZES.values()}
+        if (num_layers, hidden_size) not in named:
+            raise ValueError(
+                f"`num_attention_heads` must be given: the weights do not tell it, and no named size has {num_layers} "
+                f"layers of width {hidden_size}. Layers, width and heads of these are {SIZES}."
+            )
+        num_attention_heads = named[num_layers, hidden_size]
+    if num_attention_heads < 1:
+        raise ValueError(f"`num_attention_heads` must be at least 1, got {num_attention_heads}.")
+    if grid_size is not None:
+        grid_size = [grid_size] * 2 if isinstance(grid_size, int) else list(grid_size)
+    pixels = config_value(config, "data", "image_size")
+    pixels_per_token = config_value(config, "fsq", "downsample_ratio")
+    told = [pixels // pixels_per_token] * 2 if pixels and pixels_per_token else grid_size
+    if told is None:
+        raise ValueError(
+            "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
+            "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
+        )
+    if grid_size not in (None, told):
+        raise ValueError(
+            f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
+            f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} per token, got {grid_size}."
+        )
     # Heads are numbered only if there are several.
     num_factors = weights.count(r"output\.(\d+)\.")
     embeddings = [f"{factor}_emb.weight" for factor in range(num_factors)] or ["tok_embeddings.weight"]
@@ -94,12 +120,12 @@ def convert_llamagen_ar(
         model_config = IFSQARConfig(
             vocab_sizes=[weights.size(name, 0) for name in embeddings],
             num_classes=num_classes,
-            grid_size=_grid_size(grid_size, config),
+            grid_size=told,
             hidden_size=hidden_size,
             intermediate_size=weights.size("layers.0.feed_forward.w1.weight", 0),
             num_hidden_layers=num_layers,
             num_factor_layers=weights.count(r"factorized_blocks\.(\d+)\."),
-            num_attention_heads=_num_attention_heads(num_attention_heads, num_layers, hidden_size),
+            num_attention_heads=num_attention_heads,
             class_dropout_prob=0.1 if weights.size(table, 0) > num_classes else 0.0,
             id2label=class_names(num_classes),
         )
@@ -109,38 +135,6 @@ def convert_llamagen_ar(
         model = IFSQARForImageGeneration(model_config)
     load_exactly(model, weights, (*AR_RULES, *(SEVERAL_FACTORS if num_factors else ONE_FACTOR)), PROJECTORS)
     return model
-
-
-def _num_attention_heads(given: int | None, num_layers: int, hidden_size: int) -> int:
-    """The weights are the same whatever the heads; a named size of LlamaGen tells them."""
-    named = {(layers, width): heads for layers, width, heads in SIZES.values()}
-    heads = named.get((num_layers, hidden_size)) if given is None else given
-    if heads is None:
-        raise ValueError(
-            f"`num_attention_heads` must be given: the weights do not tell it, and no named size has {num_layers} "
-            f"layers of width {hidden_size}. Layers, width and heads of these are {SIZES}."
-        )
-    if heads < 1:
-        raise ValueError(f"`num_attention_heads` must be at least 1, got {heads}.")
-    return heads
-
-
-def _grid_size(given: int | Sequence[int] | None, config: dict[str, Any]) -> list[int]:
-    grid_size = [given] * 2 if isinstance(given, int) else list(given or ())
-    pixels = config_value(config, "data", "image_size")
-    pixels_per_token = config_value(config, "fsq", "downsample_ratio")
-    told = [pixels // pixels_per_token] * 2 if pixels and pixels_per_token else grid_size
-    if given is None and not told:
-        raise ValueError(
-            "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
-            "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
-        )
-    if given is not None and grid_size != told:
-        raise ValueError(
-            f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
-            f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} per token, got {grid_size}."
-        )
-    return told
 
 
 LLAMAGEN_AR = CheckpointFormat(

@@ -22,13 +22,14 @@ IMAGE = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
 
 
 class Metric(evaluate.Metric):
-    """A metric with the texts of the `README.md` in its `folder`; `inputs` are the features of what it takes."""
+    """A metric with the texts of the `README.md` beside it; `inputs` are the features of what it takes."""
 
-    folder: ClassVar[str]
     inputs: ClassVar[dict[str, Any]]
 
     def _info(self) -> evaluate.MetricInfo:
-        card = (Path(__file__).parent / self.folder / "README.md").read_text(encoding="utf-8")
+        # The folder has the name of the module, also where `evaluate` copies this to.
+        folder = Path(__file__).parent / type(self).__module__.rpartition(".")[2]
+        card = (folder / "README.md").read_text(encoding="utf-8")
         sections = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", card, flags=re.MULTILINE | re.DOTALL))
         info = evaluate.MetricInfo(
             description=sections["Description"].strip(),

@@ -8,7 +8,6 @@ from hf_ifsq.metrics import codebook, evaluation
 class CodebookUsage(evaluation.Metric):
     """Usage of a codebook, see the card beside this file."""
 
-    folder = "codebook_usage"
     inputs = {"predictions": evaluation.TOKENS}
 
     def _compute(

@@ -4,7 +4,6 @@ from hf_ifsq.metrics import evaluation, frechet
 class FrechetDistance(evaluation.Metric):
     """Fréchet distance between sets of features of equal numbers, see the card beside this file."""
 
-    folder = "frechet_distance"
     inputs = {"predictions": evaluation.VECTOR, "references": evaluation.VECTOR}
 
     def _compute(self, predictions, references) -> dict[str, float]:

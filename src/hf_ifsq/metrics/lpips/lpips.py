@@ -9,7 +9,6 @@ from hf_ifsq.vision.lpips import LPIPS
 class Lpips(evaluation.Metric):
     """LPIPS of images of any sizes, see the card beside this file."""
 
-    folder = "lpips"
     inputs = {"predictions": evaluation.IMAGE, "references": evaluation.IMAGE}
 
     @torch.no_grad()

@@ -6,7 +6,6 @@ from hf_ifsq.metrics import evaluation, images
 class Reconstruction(evaluation.Metric):
     """PSNR and SSIM of images of any sizes, see the card beside this file."""
 
-    folder = "reconstruction"
     inputs = {"predictions": evaluation.IMAGE, "references": evaluation.IMAGE}
 
     def _compute(self, predictions, references) -> dict[str, float | list[float]]:
