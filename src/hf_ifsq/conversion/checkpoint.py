@@ -42,31 +42,28 @@ class Weights(dict[str, torch.Tensor]):
 class CheckpointFormat:
     """One format of official checkpoints. `outer.inner` names an entry of a dictionary in the file."""
 
-    # What the files hold, for messages and model cards.
     name: str
     # Names of weights that together occur in no other format.
     telltales: tuple[str, ...]
     model_class: type
-    # Takes the weights, the config or `None`, and the `options` as keyword arguments.
+    # Takes the weights, the config, and the `options` as keyword arguments.
     convert: Callable[..., ModelMixin | PreTrainedModel]
+    options: tuple[str, ...] = ()
     raw_entry: str = "model"
     ema_entry: str = "ema"
     # Sets of weights to take if none is asked for: the first that the file has.
     default_weights: tuple[str, ...] = ("ema", "raw")
-    # Entries that the model does not need.
-    dropped_entries: tuple[str, ...] = ()
-    # Names of the config beside the checkpoint, which must be there, or the entry with it, which may be missing.
+    # What else a file may hold. The model needs nothing of it but `config`, if it is there.
+    other_entries: tuple[str, ...] = ()
+    # Names of the config where it is a file beside the checkpoint, which must be there.
     config_files: tuple[str, ...] = ()
-    config_entry: str | None = None
-    options: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """
-    Entries of a file of `torch.save` or safetensors, or the tensors of a bare set of weights. No code of the file is
-    run, and tensors stay on disk until used. Where an entry is a dictionary of sets of weights, these take its place
-    as `outer.inner`.
-    """  # noqa: D205
+    Entries of a file of `torch.save` or safetensors, or the tensors of a bare set of weights; `outer.inner` where an
+    entry is a dictionary of sets of weights. No code of the file is run, and tensors stay on disk until used.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"`checkpoint` must be a file, but there is none at {path}.")
     try:
@@ -98,29 +95,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def recognize_format(path: Path, entries: dict[str, Any], formats: Iterable[CheckpointFormat]) -> CheckpointFormat:
     """The format of a file, by the names of its weights."""
-    tables = {name: entry for name, entry in entries.items() if _is_table(entry)}
     for known in formats:
-        candidates = (entries, tables.get(known.raw_entry), tables.get(known.ema_entry))
-        if any(_is_table(table) and set(known.telltales) <= set(_without_prefixes(table)) for table in candidates):
-            return known
+        for table in (entries, entries.get(known.raw_entry), entries.get(known.ema_entry)):
+            if _is_table(table) and set(known.telltales) <= set(_without_prefixes(table)):
+                return known
     listing = "\n".join(
         f"- {known.name}: weights {list(known.telltales)} under `{known.raw_entry}` or `{known.ema_entry}`, or alone"
         for known in formats
     )
-    first_weights = {name: list(table)[:3] for name, table in tables.items()}
+    first_weights = {name: list(table)[:3] for name, table in entries.items() if _is_table(table)}
     raise ValueError(
         f"`checkpoint` {path} is of no known format. Known are\n{listing}\nThe file has {len(entries)} entries: "
-        f"{list(entries)[:10]}" + (f", and in them weights such as {first_weights}." if tables else ".")
+        f"{list(entries)[:10]}" + (f", and in them weights such as {first_weights}." if first_weights else ".")
     )
 
 
 def select_weights(
     path: Path, entries: dict[str, Any], source: CheckpointFormat, weights: Literal["ema", "raw"] | None
 ) -> tuple[Weights, str | None]:
-    """
-    A set of weights of a file under names without the prefixes of wrapped models, and the entry it is from: `None` if
-    the file is a bare set of weights.
-    """  # noqa: D205
+    """A set of weights of a file, and the entry that it is from: `None` if the file is a bare set of weights."""
     if weights not in (None, "ema", "raw"):
         raise ValueError(f"`weights` must be 'ema' or 'raw', got {weights!r}.")
     if _is_table(entries):
@@ -131,16 +124,16 @@ def select_weights(
             )
         return Weights(_without_prefixes(entries), source.model_class), None
     names = {"ema": source.ema_entry, "raw": source.raw_entry}
-    known = set(filter(None, (*names.values(), *source.dropped_entries, source.config_entry)))
+    known = sorted((*names.values(), *source.other_entries))
     unknown = [name for name in entries if name not in known]
     if unknown:
-        raise ValueError(f"`checkpoint` {path} has entries {unknown}; those of {source.name} are {sorted(known)}.")
+        raise ValueError(f"`checkpoint` {path} has entries {unknown}; those of {source.name} are {known}.")
     choices = source.default_weights if weights is None else (weights,)
-    for choice in choices:
-        table = entries.get(names[choice])
+    for name in (names[choice] for choice in choices):
+        table = entries.get(name)
         # Training without a moving average may write an empty one.
         if _is_table(table):
-            return Weights(_without_prefixes(table), source.model_class), names[choice]
+            return Weights(_without_prefixes(table), source.model_class), name
     other = "raw" if "ema" in choices else "ema"
     raise ValueError(
         f"`checkpoint` {path} has no weights under `{names[choices[0]]}`: ask for those under `{names[other]}` by "
@@ -148,31 +141,29 @@ def select_weights(
     )
 
 
-def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: Rules, dropped: Iterable[str]) -> None:
+def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: Rules, dropped: str = "") -> None:
     """
     Fill a model, whose parameters may be without storage, with copies in float32 of weights that fit it one to one.
 
     The rules lead from the name of a weight of the model to the official one, or with `|` between them to several, of
-    equal size, that it is made of one below the other. The model has no use for names that match one of `dropped`.
+    equal size, that it is made of one below the other. The model has no use for names that match `dropped`.
     """
-    own = model.state_dict()
-    parts = {name: _rename(name, rules).split("|") for name in own}
-    shapes = {
-        official: (weight.shape[0] // len(parts[name]), *weight.shape[1:])
-        for name, weight in own.items()
-        for official in parts[name]
-    }
-    shared = [name for name in shapes if name in weights]
-    extra = [name for name in weights if name not in shapes]
+    parts, shapes = {}, {}
+    for name, weight in model.state_dict().items():
+        officials = name
+        for pattern, replacement in rules:
+            officials = re.sub(pattern, replacement, officials)
+        parts[name] = officials.split("|")
+        shapes.update(dict.fromkeys(parts[name], (weight.shape[0] // len(parts[name]), *weight.shape[1:])))
     problems = {
         "missing": [name for name in shapes if name not in weights],
-        "unexpected": [name for name in extra if not any(re.fullmatch(pattern, name) for pattern in dropped)],
+        "unexpected": [name for name in weights if name not in shapes and not re.fullmatch(dropped, name)],
         "misshapen": [
-            f"{name} of shape {tuple(weights[name].shape)} instead of {shapes[name]}"
-            for name in shared
-            if tuple(weights[name].shape) != shapes[name]
+            f"{name} of shape {tuple(weight.shape)} instead of {shapes[name]}"
+            for name, weight in weights.items()
+            if name in shapes and weight.shape != shapes[name]
         ],
-        "not finite": [name for name in shared if not torch.isfinite(weights[name]).all()],
+        "not finite": [name for name, weight in weights.items() if name in shapes and not weight.isfinite().all()],
     }
     found = [f"{len(names)} {kind}: {names[:3]}" for kind, names in problems.items() if names]
     if found:
@@ -181,16 +172,9 @@ def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: R
     model.load_state_dict(state, assign=True)
 
 
-def _rename(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _is_table(entry: object) -> TypeGuard[dict[str, torch.Tensor]]:
-    if not isinstance(entry, dict) or not entry:
-        return False
-    return all(isinstance(name, str) and torch.is_tensor(value) for name, value in entry.items())
+    items = entry.items() if isinstance(entry, dict) else ()
+    return bool(items) and all(isinstance(name, str) and torch.is_tensor(value) for name, value in items)
 
 
 def _without_prefixes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,56 +1,240 @@
-"""What the two official generator models share: the config in their files, class names and REPA projectors."""
+"""The AR models of LlamaGen and iFSQ, and iFSQ's diffusion transformer, into the generator models of this package."""
 
 import json
+import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 
+from ..models.configuration_ifsq_ar import SIZES, IFSQARConfig
+from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
+from ..models.rotary import rotary_table_2d
+from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
 from ..training.repa import RepresentationAlignment
-from .checkpoint import Weights, load_exactly
+from .checkpoint import CheckpointFormat, Rules, Weights, load_exactly
 
 
-# In names of weights; they are not part of a generator model, see `convert_projectors`.
+# Names of weights that are not part of a generator model, see `convert_projectors`.
 PROJECTORS = r"projectors\.\d+\..*"
 
 
-def config_value(config: dict[str, Any] | None, section: str, name: str) -> Any:
-    """An entry of a section of the config in an official file; `None` where the file has none."""
-    values = (config or {}).get(section)
+def config_value(config: dict[str, Any], section: str, name: str) -> Any:
+    """An entry of a section of the config in an official file; `None` where there is none."""
+    values = config.get(section)
     return values.get(name) if isinstance(values, dict) else None
 
 
-def imagenet_classes() -> list[str]:
-    """
-    Short names of the 1000 classes of ImageNet-1k in the usual order, by WordNet id: those that torchvision 0.29 gives
-    with its weights (`torchvision/models/_meta.py`). Five that differ in case or meaning alone are changed, so that no
-    name is short for two classes: two cranes, two maillots, and the dog called Cardigan.
-    """  # noqa: D205
-    return json.loads(Path(__file__).with_name("imagenet_classes.json").read_text(encoding="utf-8"))
-
-
 def class_names(num_classes: int) -> dict[int, str] | None:
-    """The `id2label` of an official model: 1000 classes are those of ImageNet, as in all that are published."""
-    return dict(enumerate(imagenet_classes())) if num_classes == 1000 else None
-
-
-def count_classes(weights: Weights, table: str, config: dict[str, Any] | None) -> tuple[int, bool]:
     """
-    Number of classes of an official model, and whether the table of their embeddings has a null class after them.
+    The `id2label` of an official model: 1000 classes are those of ImageNet-1k, as in all that are published, under the
+    short names of torchvision 0.29 (`torchvision/models/_meta.py`) by WordNet id. Five that differ in case or meaning
+    alone are changed, so that no name is short for two classes: two cranes, two maillots, and the dog called Cardigan.
+    """
+    if num_classes != 1000:
+        return None
+    names = json.loads(Path(__file__).with_name("imagenet_classes.json").read_text(encoding="utf-8"))
+    return dict(enumerate(names))
 
-    The number of rows alone does not tell, but the config in the file may. Without one there is a null class, as in
-    all published files.
+
+def count_classes(weights: Weights, table: str, config: dict[str, Any]) -> int:
+    """
+    Number of classes of an official model. In the table of their embeddings a null class may follow; without a number
+    in the config of the file it does, as in all published files.
     """
     rows = weights.size(table, 0)
     num_classes = config_value(config, "data", "num_classes")
     if num_classes is None:
-        num_classes = rows - 1
+        return rows - 1
     if rows - num_classes not in (0, 1):
         raise ValueError(
             f"`checkpoint` was trained with {num_classes} classes by the entry `data.num_classes` of its config, but "
             f"its table `{table}` has {rows} rows."
         )
-    return num_classes, rows > num_classes
+    return num_classes
+
+
+# From our names to official ones.
+AR_RULES: Rules = (
+    (r"^model\.", ""),
+    (r"embed_classes", "cls_embedding.embedding_table"),
+    (r"factor_layers", "factorized_blocks"),
+    (r"self_attn\.qkv_proj", "attention.wqkv"),
+    (r"self_attn\.o_proj", "attention.wo"),
+    (r"input_layernorm", "attention_norm"),
+    (r"post_attention_layernorm", "ffn_norm"),
+    (r"mlp\.down_proj", "feed_forward.w2"),
+    (r"(.*)mlp\.gate_up_proj(.*)", r"\1feed_forward.w1\2|\1feed_forward.w3\2"),
+)
+ONE_FACTOR: Rules = ((r"embed_tokens\.0", "tok_embeddings"), (r"lm_heads\.0", "output"))
+SEVERAL_FACTORS: Rules = ((r"embed_tokens\.(\d+)", r"\1_emb"), (r"lm_heads", "output"))
+
+
+def convert_llamagen_ar(
+    weights: Weights,
+    config: dict[str, Any],
+    num_attention_heads: int | None = None,
+    grid_size: int | Sequence[int] | None = None,
+) -> IFSQARForImageGeneration:
+    """
+    Convert LlamaGen's class-conditional `Transformer`, or iFSQ's, which may predict a token in several factors. All
+    sizes but `num_attention_heads` and `grid_size` are read from the weights; dropout is LlamaGen's, our default.
+    """
+    table = "cls_embedding.embedding_table.weight"
+    hidden_size, num_layers = weights.size(table, 1), weights.count(r"layers\.(\d+)\.")
+    num_classes = count_classes(weights, table, config)
+    # The weights are the same whatever the heads; a named size of LlamaGen tells them.
+    if num_attention_heads is None:
+        named = {(layers, width): heads for layers, width, heads in SIZES.values()}
+        if (num_layers, hidden_size) not in named:
+            raise ValueError(
+                f"`num_attention_heads` must be given: the weights do not tell it, and no named size has {num_layers} "
+                f"layers of width {hidden_size}. Layers, width and heads of these are {SIZES}."
+            )
+        num_attention_heads = named[num_layers, hidden_size]
+    if num_attention_heads < 1:
+        raise ValueError(f"`num_attention_heads` must be at least 1, got {num_attention_heads}.")
+    if grid_size is not None:
+        grid_size = [grid_size] * 2 if isinstance(grid_size, int) else list(grid_size)
+    pixels = config_value(config, "data", "image_size")
+    pixels_per_token = config_value(config, "fsq", "downsample_ratio")
+    told = [pixels // pixels_per_token] * 2 if pixels and pixels_per_token else grid_size
+    if told is None:
+        raise ValueError(
+            "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
+            "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
+        )
+    if grid_size not in (None, told):
+        raise ValueError(
+            f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
+            f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} per token, got {grid_size}."
+        )
+    # Heads are numbered only if there are several.
+    num_factors = weights.count(r"output\.(\d+)\.")
+    embeddings = [f"{factor}_emb.weight" for factor in range(num_factors)] or ["tok_embeddings.weight"]
+    try:
+        model_config = IFSQARConfig(
+            vocab_sizes=[weights.size(name, 0) for name in embeddings],
+            num_classes=num_classes,
+            grid_size=told,
+            hidden_size=hidden_size,
+            intermediate_size=weights.size("layers.0.feed_forward.w1.weight", 0),
+            num_hidden_layers=num_layers,
+            num_factor_layers=weights.count(r"factorized_blocks\.(\d+)\."),
+            num_attention_heads=num_attention_heads,
+            class_dropout_prob=0.1 if weights.size(table, 0) > num_classes else 0.0,
+            id2label=class_names(num_classes),
+        )
+    except StrictDataclassError as error:  # It is not a `ValueError`.
+        raise ValueError(str(error.__cause__ or error)) from error
+    with init_empty_weights():
+        model = IFSQARForImageGeneration(model_config)
+    load_exactly(model, weights, (*AR_RULES, *(SEVERAL_FACTORS if num_factors else ONE_FACTOR)), PROJECTORS)
+    return model
+
+
+LLAMAGEN_AR = CheckpointFormat(
+    name="an AR model of LlamaGen or iFSQ",
+    telltales=("cls_embedding.embedding_table.weight", "layers.0.attention.wqkv.weight"),
+    model_class=IFSQARForImageGeneration,
+    convert=convert_llamagen_ar,
+    options=("num_attention_heads", "grid_size"),
+    other_entries=("config", "opt", "optimizer", "steps", "args"),
+)
+
+
+# From our names to official ones.
+DIT_RULES: Rules = (
+    (r"patch_embed", "x_embedder.proj"),
+    (r"time_embed\.linear_1", "t_embedder.mlp.0"),
+    (r"time_embed\.linear_2", "t_embedder.mlp.2"),
+    (r"class_embed", "y_embedder.embedding_table"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out", "final_layer.norm_final"),
+    (r"^modulation_out", "final_layer.adaLN_modulation.1"),
+    (r"\.modulation\.", ".adaLN_modulation.1."),
+    (r"to_qkv", "qkv"),
+    (r"norm_([qk])\.", r"\1_norm."),
+    (r"to_out", "proj"),
+)
+SWIGLU: Rules = ((r"ff\.proj_in", "mlp.w12"), (r"ff\.proj_out", "mlp.w3"))
+GELU: Rules = ((r"ff\.proj_in", "mlp.fc1"), (r"ff\.proj_out", "mlp.fc2"))
+
+# What the model's output means, or its input, is not to be seen in the weights.
+ONLY = {
+    ("transport", "path_type"): "Linear",
+    ("transport", "prediction"): "velocity",
+    # Latents less their mean over their deviation are not codes times a factor.
+    ("data", "latent_norm"): False,
+}
+
+
+def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransformer2DModel:
+    """Convert iFSQ's `DiT`: sizes and options are read from its weights, its `scaling_factor` from the config."""
+    for (section, name), value in ONLY.items():
+        told = config_value(config, section, name)
+        if told not in (None, value):
+            raise ValueError(
+                f"`checkpoint` must have been trained with `{section}.{name}` {value!r} for "
+                f"IFSQDiTTransformer2DModel, but its config has {told!r}."
+            )
+    stem = "x_embedder.proj.weight"
+    num_classes = count_classes(weights, "y_embedder.embedding_table.weight", config)
+    hidden_size, patch_size = weights.size(stem, 0), weights.size(stem, 3)
+    if "feat_rope.freqs_cos" not in weights:
+        raise ValueError(
+            "`checkpoint` must have rotary positions, which IFSQDiTTransformer2DModel always has, but there is no "
+            "`feat_rope.freqs_cos`: it was trained without, or is another diffusion transformer."
+        )
+    # Rotary positions are those of one head.
+    head_dim = weights.size("feat_rope.freqs_cos", 1)
+    patches = math.isqrt(weights.size("pos_embed", 1))
+    swiglu = "blocks.0.mlp.w12.weight" in weights
+    qk_norm = None
+    if "blocks.0.attn.q_norm.weight" in weights:
+        qk_norm = "layer_norm" if "blocks.0.attn.q_norm.bias" in weights else "rms_norm"
+    with init_empty_weights():
+        model = IFSQDiTTransformer2DModel(
+            sample_size=patches * patch_size,
+            patch_size=patch_size,
+            in_channels=weights.size(stem, 1),
+            num_layers=weights.count(r"blocks\.(\d+)\."),
+            num_attention_heads=hidden_size // head_dim,
+            attention_head_dim=head_dim,
+            num_classes=num_classes,
+            norm_type="rms_norm" if "blocks.0.norm1.weight" in weights else "layer_norm",
+            qk_norm=qk_norm,
+            activation_fn="swiglu" if swiglu else "gelu-approximate",
+            id2label=class_names(num_classes),
+            scaling_factor=config_value(config, "data", "latent_multiplier"),
+        )
+    # Our model computes these tables, but another size or base would show in them.
+    cos, sin = rotary_table_2d((patches, patches), head_dim)
+    fixed = model._fixed_positions((patches, patches), torch.device("cpu"))
+    positions = {"pos_embed": fixed[None], "feat_rope.freqs_cos": cos, "feat_rope.freqs_sin": sin}
+    rules = (*DIT_RULES, *(SWIGLU if swiglu else GELU))
+    load_exactly(model, weights, rules, dropped="|".join([PROJECTORS, *map(re.escape, positions)]))
+    for name, table in positions.items():
+        # Wide enough for tables in bfloat16.
+        if weights[name].shape != table.shape or not torch.allclose(weights[name].float(), table, atol=1e-2):
+            raise ValueError(
+                f"`checkpoint` has positions under `{name}` of shape {tuple(weights[name].shape)} that are not those "
+                f"of a square grid of {patches} x {patches} patches, which IFSQDiTTransformer2DModel computes."
+            )
+    return model
+
+
+IFSQ_DIT = CheckpointFormat(
+    name="a diffusion transformer of iFSQ",
+    telltales=("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.adaLN_modulation.1.weight"),
+    model_class=IFSQDiTTransformer2DModel,
+    convert=convert_ifsq_dit,
+    other_entries=("config", "opt"),
+)
 
 
 def convert_projectors(weights: Weights) -> list[RepresentationAlignment]:
@@ -66,6 +250,6 @@ def convert_projectors(weights: Weights) -> list[RepresentationAlignment]:
                 teacher_hidden_size=projector.size(f"{prefix}4.weight", 0),
                 projector_dim=projector.size(f"{prefix}0.weight", 0),
             )
-        load_exactly(alignment, projector, [(r"^projector\.", prefix)], dropped=())
+        load_exactly(alignment, projector, [(r"^projector\.", prefix)])
         alignments.append(alignment)
     return alignments

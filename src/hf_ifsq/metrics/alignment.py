@@ -21,26 +21,13 @@ def cknna(features: torch.Tensor, other_features: torch.Tensor, k: int = CKNNA_N
     Args:
         features (`torch.Tensor` of shape `(images, width)`): one representation, one row per image.
         other_features (`torch.Tensor` of shape `(images, other_width)`): the other, of the same images in their order.
-        k (`int`, *optional*, defaults to 10): number of nearest neighbours; with images - 1 of them, the measure is
-            the unbiased centred kernel alignment.
+        k (`int`, *optional*, defaults to 10):
+            number of nearest neighbours; with images - 1, the measure is the unbiased centred kernel alignment.
 
     Returns:
         `float`: 1 for equal representations, near 0 for unrelated ones; the same if either is rotated or its rows
-        are scaled. As being a nearest neighbour is one-sided, so is this measure, a little: in published values the
-        model that is measured comes first, and a vision model second. NaN where it is not defined, as `H` of a
-        representation with itself is not positive.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_ifsq.metrics.alignment import cknna
-
-    >>> features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
-    >>> round(cknna(features, 3 * features), 6)
-    1.0
-
-    ```
+        are scaled. It depends a little on the order: published values have the measured model first and a vision
+        model second. NaN where `H` of a representation with itself is not positive.
     """
     if features.ndim != 2 or other_features.ndim != 2 or len(features) != len(other_features):
         raise ValueError(
@@ -54,24 +41,23 @@ def cknna(features: torch.Tensor, other_features: torch.Tensor, k: int = CKNNA_N
         )
     kernel, neighbors = _kernel_and_neighbors(features, k, "features")
     other_kernel, other_neighbors = _kernel_and_neighbors(other_features, k, "other_features")
-    mutual = neighbors * other_neighbors
-    alignment = _hsic(mutual * kernel, mutual * other_kernel)
-    squared_norm = _hsic(neighbors * kernel, neighbors * kernel)
-    other_squared_norm = _hsic(other_neighbors * other_kernel, other_neighbors * other_kernel)
+    alignment = _hsic(other_neighbors * kernel, neighbors * other_kernel)
+    squared_norm, other_squared_norm = _hsic(kernel, kernel), _hsic(other_kernel, other_kernel)
     if squared_norm <= 0 or other_squared_norm <= 0:
         return float("nan")
     return (alignment / (squared_norm * other_squared_norm).sqrt()).item()
 
 
 def _kernel_and_neighbors(features: torch.Tensor, k: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inner products of all pairs of rows, and ones where the column is a nearest neighbour of the row."""
+    """Inner products of rows with their nearest neighbours, else zeros, and the mask of the neighbours; (n, n)."""
     features = features.detach().cpu().double()
     if not features.isfinite().all():
         raise ValueError(f"`{name}` is not finite (NaN or infinity).")
     features = F.normalize(features, dim=1)
     kernel = features @ features.T
     nearest = kernel.clone().fill_diagonal_(-torch.inf).topk(k, dim=1).indices
-    return kernel, torch.zeros_like(kernel).scatter_(1, nearest, 1.0)
+    neighbors = torch.zeros_like(kernel).scatter_(1, nearest, 1.0)
+    return neighbors * kernel, neighbors
 
 
 def _hsic(kernel: torch.Tensor, other_kernel: torch.Tensor) -> torch.Tensor:

@@ -16,28 +16,12 @@ NUM_BINS = 2**16
 class CodebookUsage:
     """
     Counts the tokens of images: what share of the codebook they use, and how evenly. Memory grows with the number of
-    different tokens alone, not with the codebook nor with the number of images.
-
-    Entropies are those of the counted tokens. They are at most the logarithm of the number of tokens: give many times
-    as many tokens as there are codes before comparing codebooks.
+    different tokens alone. Compare codebooks on many times as many tokens as there are codes: entropies are at most
+    the logarithm of the number of tokens.
 
     Args:
         codebook_size (`int`, *optional*): number of codes; by default the product of `levels`.
-        levels (`list[int]`, *optional*):
-            levels of each dimension of finite scalar quantization, the first least significant in a token.
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_ifsq.metrics.codebook import CodebookUsage
-
-    >>> usage = CodebookUsage(levels=[3, 2])
-    >>> usage.update(torch.tensor([0, 1, 2, 3, 3, 3, 3, 3]))
-    >>> result = usage.compute()
-    >>> result["num_codes_used"], round(result["usage"], 3), round(result["entropy_bits"], 3)
-    (4, 0.667, 1.549)
-
-    ```
+        levels (`list[int]`, *optional*): levels of each dimension, the first least significant in a token.
     """
 
     def __init__(self, codebook_size: int | None = None, levels: list[int] | None = None):
@@ -50,9 +34,9 @@ class CodebookUsage:
             codebook_size = math.prod(levels)
         if codebook_size is None:
             raise ValueError("Give `codebook_size` or `levels`, got neither.")
+        if not 1 <= codebook_size <= 2**63 - 1:
+            raise ValueError(f"`codebook_size` must be in [1, 2**63 - 1], got {codebook_size}.")
         self.codebook_size = codebook_size
-        if not 1 <= self.codebook_size <= 2**63 - 1:
-            raise ValueError(f"`codebook_size` must be in [1, 2**63 - 1], got {self.codebook_size}.")
         self.levels = None if levels is None else list(levels)
         self._tokens = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.int64)
@@ -69,9 +53,9 @@ class CodebookUsage:
 
         Args:
             indices (`torch.Tensor` or `np.ndarray` of any shape): integers in [0, codebook_size).
-            bounded (`torch.Tensor` of shape `(batch, dimensions, *spatial)`, *optional*):
-                floats in [-1, 1], the values that were quantized to these tokens, see [`bounded_values`]; a dimension
-                for each of the `levels`. Give it with all batches or with none.
+            bounded (`torch.Tensor` of shape `(batch, len(levels), *spatial)`, *optional*):
+                floats in [-1, 1], the values that were quantized to these tokens, see [`bounded_values`]. Give it
+                with all batches or with none.
         """
         tokens = torch.as_tensor(indices).detach().cpu()
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
@@ -82,8 +66,7 @@ class CodebookUsage:
                 f"[{tokens.min().item()}, {tokens.max().item()}]."
             )
         bins = None if bounded is None else self._count_bins(torch.as_tensor(bounded).detach(), tokens.numel())
-        batch_tokens, batch_counts = np.unique(tokens.numpy().astype(np.int64), return_counts=True)
-        self._add(batch_tokens, batch_counts, bins)
+        self._add(*np.unique(tokens.numpy().astype(np.int64), return_counts=True), bins)
 
     def merge(self, other: "CodebookUsage") -> None:
         """Add the counts of another part of the data, such as that of another process, of the same codebook."""
@@ -106,49 +89,45 @@ class CodebookUsage:
             - `perplexity` (`float`): `2**entropy_bits`: as many evenly used codes have the same entropy.
             - with `levels`, `dimension_histograms` (`list[list[int]]`): how often each level of each dimension
               occurs; and `dimension_entropies_bits` (`list[float]`), at most `log2(level)` each.
-            - with `bounded` values, `dimension_ks_distances` (`list[float]`): the largest distance in each dimension
-              of the cumulative distribution of the bounded values to that of the uniform distribution on
-              [-1, 1], in [0, 1] and exact to 2**-16.
+            - with `bounded`, `dimension_ks_distances` (`list[float]`): per dimension the largest distance of the
+              cumulative distributions of these values and of the uniform one, in [0, 1] and exact to 2**-16.
         """
         if not len(self._tokens):
             raise ValueError("There are no tokens: call `update` first.")
-        entropy = _entropy_bits(self._counts)
+        num_tokens, entropy = int(self._counts.sum()), _entropy_bits(self._counts)
         result: dict[str, Any] = {
-            "num_tokens": int(self._counts.sum()),
+            "num_tokens": num_tokens,
             "num_codes_used": len(self._tokens),
             "usage": len(self._tokens) / self.codebook_size,
             "entropy_bits": entropy,
             "perplexity": 2**entropy,
         }
         if self.levels is not None:
-            steps = [math.prod(self.levels[:dimension]) for dimension in range(len(self.levels))]
-            histograms = [
-                _sum_by_place(self._tokens // step % level, self._counts, level)
-                for step, level in zip(steps, self.levels)
-            ]
+            histograms, digits = [], self._tokens
+            for level in self.levels:
+                histograms.append(_sum_counts(digits % level, self._counts, level))
+                digits = digits // level
             result["dimension_histograms"] = [histogram.tolist() for histogram in histograms]
             result["dimension_entropies_bits"] = [_entropy_bits(histogram) for histogram in histograms]
         if self._bins is not None:
-            cumulative = self._bins.cumsum(axis=1) / self._bins.sum(axis=1, keepdims=True)
-            uniform = np.arange(1, NUM_BINS + 1) / NUM_BINS
-            result["dimension_ks_distances"] = np.abs(cumulative - uniform).max(axis=1).tolist()
+            distances = np.abs(self._bins.cumsum(axis=1) / num_tokens - np.arange(1, NUM_BINS + 1) / NUM_BINS)
+            result["dimension_ks_distances"] = distances.max(axis=1).tolist()
         return result
 
     @property
     def num_codes_if_even(self) -> float:
         """Different codes expected of as many tokens, were they all equally likely."""
-        if self.codebook_size == 1:
-            return 1.0
-        return self.codebook_size * -math.expm1(int(self._counts.sum()) * math.log1p(-1 / self.codebook_size))
+        # Of the chance that a token is not a given code.
+        log_missed = math.log1p(-1 / self.codebook_size) if self.codebook_size > 1 else -math.inf
+        return self.codebook_size * -math.expm1(int(self._counts.sum()) * log_missed)
 
     def _add(self, tokens: np.ndarray, counts: np.ndarray, bins: np.ndarray | None) -> None:
         if not len(tokens):
             return
         if len(self._tokens) and (bins is None) != (self._bins is None):
             raise ValueError("`bounded` must be given with all tokens or with none.")
-        all_counts = np.concatenate([self._counts, counts])
         self._tokens, places = np.unique(np.concatenate([self._tokens, tokens]), return_inverse=True)
-        self._counts = _sum_by_place(places, all_counts, len(self._tokens))
+        self._counts = _sum_counts(places, np.concatenate([self._counts, counts]), len(self._tokens))
         if bins is not None:
             self._bins = bins if self._bins is None else self._bins + bins
 
@@ -172,15 +151,8 @@ class CodebookUsage:
 
 def bounded_values(quantizer: FiniteScalarQuantizer, latent: torch.Tensor) -> torch.Tensor:
     """
-    What a quantizer bins: the latent after the bound, scaled to [-1, 1].
-
-    Args:
-        quantizer ([`FiniteScalarQuantizer`]): with `d` channels.
-        latent (`torch.Tensor` of shape `(batch, d, *spatial)`): its unbounded input.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, d, *spatial)`, float32: values in [-1, 1], those of the bound itself; for even
-        numbers of levels that are rounded, the centre of their shifted range is moved to 0.
+    What a quantizer bins: its input of shape `(batch, d, *spatial)` after the bound, float32 of the same shape in
+    [-1, 1]. For even numbers of levels that are rounded, the centre of their shifted range is moved to 0.
     """
     bounded = quantizer.bounded(latent)
     if not quantizer.equal_bins:
@@ -195,8 +167,6 @@ def _entropy_bits(counts: np.ndarray) -> float:
     return float(abs((shares * np.log2(shares)).sum()))
 
 
-def _sum_by_place(places: np.ndarray, counts: np.ndarray, num_places: int) -> np.ndarray:
-    # In integers: `np.bincount` would sum weights as floats.
-    sums = np.zeros(num_places, dtype=np.int64)
-    np.add.at(sums, places, counts)
-    return sums
+def _sum_counts(places: np.ndarray, counts: np.ndarray, num_places: int) -> np.ndarray:
+    # Summed in float64, which holds counts to 2**53.
+    return np.bincount(places, counts, num_places).astype(np.int64)

@@ -22,28 +22,20 @@ IMAGE = datasets.List(datasets.List(datasets.List(datasets.Value("float32"))))
 
 
 class Metric(evaluate.Metric):
-    """
-    A metric whose texts are those of its card, the `README.md` of its folder.
+    """A metric with the texts of the `README.md` beside it; `inputs` are the features of what it takes."""
 
-    Attributes:
-        folder (`str`): name of its folder.
-        inputs (`dict`): features of `predictions` and, if it takes any, of `references`.
-        urls (`tuple[str, ...]`): where it comes from.
-    """
-
-    folder: ClassVar[str]
     inputs: ClassVar[dict[str, Any]]
-    urls: ClassVar[tuple[str, ...]]
 
     def _info(self) -> evaluate.MetricInfo:
-        card = (Path(__file__).parent / self.folder / "README.md").read_text(encoding="utf-8")
+        # The folder has the name of the module, also where `evaluate` copies this to.
+        folder = Path(__file__).parent / type(self).__module__.rpartition(".")[2]
+        card = (folder / "README.md").read_text(encoding="utf-8")
         sections = dict(re.findall(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", card, flags=re.MULTILINE | re.DOTALL))
         info = evaluate.MetricInfo(
             description=sections["Description"].strip(),
             citation=re.sub(r"```(bibtex)?\n?", "", sections["Citation"]).strip(),
             inputs_description=sections["How to use"].strip(),
             features=datasets.Features(self.inputs),
-            reference_urls=list(self.urls),
         )
         # Not an argument: it is refused for nested features. Lists would take four times the memory or more.
         info.format = "numpy"

@@ -8,20 +8,6 @@ class FeatureMoments:
     """
     Number, mean and covariance of features that come in batches, in float64. Parts are merged by their means and
     centred sums (Chan et al., 1979), so that the result does not depend on how the data was divided.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
-
-    >>> first, second = FeatureMoments(), FeatureMoments()
-    >>> first.update(torch.tensor([[0.0], [2.0]]))
-    >>> second.update(torch.tensor([[3.0], [5.0]]))
-    >>> frechet_distance(first, second)
-    9.0
-
-    ```
     """
 
     def __init__(self) -> None:
@@ -31,22 +17,16 @@ class FeatureMoments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Covariance of the features with the divisor `count - 1`, of shape `(width, width)`."""
+        """With the divisor `count - 1`, of shape `(width, width)`."""
         if self.count < 2:
             raise ValueError(f"A covariance takes at least 2 features, got {self.count}.")
         return self._centred_sum / (self.count - 1)
 
     def update(self, features: torch.Tensor | np.ndarray) -> None:
-        """
-        Take in a batch.
-
-        Args:
-            features (`torch.Tensor` or `np.ndarray` of shape `(batch, width)`): finite numbers, one row per image.
-        """
-        values = np.asarray(features.detach().cpu().double() if isinstance(features, torch.Tensor) else features)
+        """Take in a batch of shape `(batch, width)`: finite numbers, one row per image."""
+        values = torch.as_tensor(features).detach().cpu().double().numpy()
         if values.ndim != 2 or not len(values):
             raise ValueError(f"`features` must have shape (batch, width), got {values.shape}.")
-        values = values.astype(np.float64)
         if not np.isfinite(values).all():
             raise ValueError("`features` is not finite (NaN or infinity).")
         batch = FeatureMoments()
@@ -59,13 +39,11 @@ class FeatureMoments:
         """Take in another part of the data, of features of the same width, such as that of another process."""
         if not other.count:
             return
+        width = len(other.mean)
         if not self.count:
-            self.count, self.mean, self._centred_sum = other.count, other.mean, other._centred_sum
-            return
-        if other.mean.shape != self.mean.shape:
-            raise ValueError(
-                f"`features` must have the width {len(self.mean)} of those before, got {len(other.mean)}."
-            )
+            self.mean, self._centred_sum = np.zeros(width), np.zeros((width, width))
+        if len(self.mean) != width:
+            raise ValueError(f"`features` must have the width {len(self.mean)} of those before, got {width}.")
         count = self.count + other.count
         difference = other.mean - self.mean
         between = np.outer(difference, difference) * (self.count * other.count / count)
@@ -77,10 +55,8 @@ class FeatureMoments:
 def frechet_distance(moments: FeatureMoments, reference_moments: FeatureMoments) -> float:
     r"""
     Fréchet distance (squared Wasserstein-2 distance) between the Gaussians of two sets of features, as in FID
-    (https://arxiv.org/abs/1706.08500): `|m_1 - m_2|**2 + tr(C_1 + C_2 - 2 (C_1 C_2)**(1/2))`.
-
-    The trace of the root is the sum of the singular values of `C_1**(1/2) C_2**(1/2)`: no root of a matrix that is
-    not symmetric is taken, and sets of fewer samples than features lose no digits.
+    (https://arxiv.org/abs/1706.08500): `|m_1 - m_2|**2 + tr(C_1 + C_2 - 2 (C_1 C_2)**(1/2))`. The trace of the root is
+    the sum of the singular values of `C_1**(1/2) C_2**(1/2)`, which keeps the digits of sets of few samples.
 
     Args:
         moments ([`FeatureMoments`]): of one set, at least 2 samples.

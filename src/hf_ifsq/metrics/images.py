@@ -5,23 +5,18 @@ import math
 
 import torch
 
+from ..vision.lpips import check_image_shapes
+
 
 # SSIM's Gaussian window: 11 pixels with a standard deviation of 1.5.
 WINDOW_RADIUS = 5
 WINDOW_SIGMA = 1.5
 
 
-def check_image_pair(images: torch.Tensor, references: torch.Tensor) -> None:
+def check_image_pair(images: torch.Tensor, references: torch.Tensor, smallest_side: int = 1) -> None:
     """Check that two batches can be compared: floats in [-1, 1] of one shape `(batch, 1 or 3, height, width)`."""
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(f"`images` must have shape (batch, 1 or 3, height, width), got {tuple(images.shape)}.")
-    if references.shape != images.shape:
-        raise ValueError(
-            f"`references` must have the shape of `images`, {tuple(images.shape)}, got {tuple(references.shape)}."
-        )
+    check_image_shapes(images, references, smallest_side)
     for name, values in (("images", images), ("references", references)):
-        if not values.is_floating_point():
-            raise ValueError(f"`{name}` must be floats in [-1, 1], got a tensor of dtype {values.dtype}.")
         # A comparison with NaN is false.
         if not (values.abs() <= 1).all():
             raise ValueError(
@@ -32,8 +27,7 @@ def check_image_pair(images: torch.Tensor, references: torch.Tensor) -> None:
 
 def peak_signal_noise_ratio(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """
-    Peak signal-to-noise ratio of each image: `10 * log10(range**2 / mean squared error)`, the mean over all pixels and
-    channels, and the range 2.
+    Peak signal-to-noise ratio of each image: `10 * log10(2**2 / mean squared error)` over its pixels and channels.
 
     Args:
         images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1].
@@ -49,8 +43,7 @@ def peak_signal_noise_ratio(images: torch.Tensor, references: torch.Tensor) -> t
 def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """
     Structural similarity of each image (SSIM, https://doi.org/10.1109/TIP.2003.819861): with the paper's Gaussian
-    window of 11 pixels and constants 0.01 and 0.03, averaged over the channels and over all places where the window
-    fits into the image.
+    window of 11 pixels and constants 0.01 and 0.03, averaged over channels and all places where the window fits in.
 
     Args:
         images (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): floats in [-1, 1], at least 11 x 11 pixels.
@@ -59,11 +52,7 @@ def structural_similarity(images: torch.Tensor, references: torch.Tensor) -> tor
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32: at most 1, which is for equal images.
     """
-    check_image_pair(images, references)
-    if min(images.shape[2:]) <= 2 * WINDOW_RADIUS:
-        raise ValueError(
-            f"`images` must have at least {2 * WINDOW_RADIUS + 1} pixels per side, got shape {tuple(images.shape)}."
-        )
+    check_image_pair(images, references, smallest_side=2 * WINDOW_RADIUS + 1)
     images, references = images.float(), references.float()
     # Means are taken in [0, 2], variances and the covariance in [-1, 1], where they lose less to cancellation.
     mean, reference_mean = _windowed_mean(images), _windowed_mean(references)

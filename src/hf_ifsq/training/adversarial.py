@@ -10,10 +10,8 @@ from torch.nn.grad import conv2d_weight
 
 class PatchDiscriminator(nn.Module):
     """
-    Tells real from reconstructed patches of an image (PatchGAN, https://arxiv.org/abs/1611.07004).
-
-    The normalization is by groups of channels, where the original normalizes by batch: a score depends on its own
-    image alone, so that several processes train like one.
+    Tells real from reconstructed patches of an image (PatchGAN, https://arxiv.org/abs/1611.07004). It normalizes by
+    groups of channels, not by batch: a score depends on its own image alone, so that several processes train like one.
 
     Args:
         in_channels (`int`): channels of the images.
@@ -24,12 +22,12 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, in_channels: int, width: int = 64, num_layers: int = 4):
         super().__init__()
         widths = [width * min(2**layer, 8) for layer in range(num_layers + 1)]
+        strides = [2] * (num_layers - 1) + [1]
         layers = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for layer in range(num_layers):
-            stride = 2 if layer < num_layers - 1 else 1
+        for before, after, stride in zip(widths, widths[1:], strides):
             layers += [
-                nn.Conv2d(widths[layer], widths[layer + 1], 4, stride=stride, padding=1, bias=False),
-                nn.GroupNorm(min(32, widths[layer + 1]), widths[layer + 1]),
+                nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(min(32, after), after),
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
@@ -40,12 +38,9 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            images (`torch.Tensor` of shape `(batch, in_channels, height, width)`): images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, 1, rows, columns)`: a score for each patch, higher for real ones.
-        """  # noqa: D205
+        Scores `(batch, 1, rows, columns)`, one per patch and higher for real ones, of images in [-1, 1] of shape
+        `(batch, in_channels, height, width)`.
+        """
         if min(images.shape[-2:]) < self.smallest_side:
             raise ValueError(
                 f"The discriminator needs images of at least {self.smallest_side} pixels per side, got "
@@ -56,32 +51,23 @@ class PatchDiscriminator(nn.Module):
 
 def hinge_loss(real_scores: torch.Tensor, fake_scores: torch.Tensor) -> torch.Tensor:
     """
-    Loss of the discriminator: scores of real patches should be above 1, those of reconstructed ones below -1.
-
-    Args:
-        real_scores (`torch.Tensor`): scores of real images, of any shape.
-        fake_scores (`torch.Tensor`): scores of reconstructions, of any shape.
-
-    Returns:
-        `torch.Tensor`: a scalar.
+    Loss of the discriminator, a scalar: scores of real patches should be above 1, those of reconstructed ones below
+    -1, both of any shape.
     """
     return (F.relu(1 - real_scores.float()).mean() + F.relu(1 + fake_scores.float()).mean()) / 2
 
 
 def remember_input(last_layer: nn.Conv2d) -> None:
     """
-    Let the last layer of a decoder keep its latest input, which [`generator_loss`] needs. Call it once, before the
-    model first runs.
-
-    Args:
-        last_layer (`torch.nn.Conv2d`): the convolution that makes the images.
+    Let the convolution that makes a decoder's images keep its latest input, which [`generator_loss`] needs. Call it
+    once, before the model first runs.
     """
-    last_layer.register_forward_pre_hook(_remember_input)
 
+    def remember(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if torch.is_grad_enabled():
+            layer.latest_input = inputs[0].detach()
 
-def _remember_input(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-    if torch.is_grad_enabled():
-        layer.latest_input = inputs[0].detach()
+    last_layer.register_forward_pre_hook(remember)
 
 
 def generator_loss(
@@ -95,9 +81,8 @@ def generator_loss(
     Loss of the tokenizer: minus the mean score of its reconstructions. The discriminator gets no gradient.
 
     Its weight makes the gradient of this loss as large as that of the reconstruction loss, both with respect to the
-    last layer of the decoder (VQGAN, equation 7). The tokenizer may be compiled: its backward pass, which then runs
-    as a whole and once alone, is not used for the weight. Both losses are followed back to the images, and from these
-    to the layer's weight by the input that it remembers.
+    last layer of the decoder (VQGAN, equation 7). Both losses are followed back to the images, and from these to the
+    layer's weight by the input that it remembers: the backward pass of a compiled tokenizer can run only once.
 
     Args:
         discriminator (`torch.nn.Module`): a discriminator that is not wrapped for several processes.
@@ -107,13 +92,11 @@ def generator_loss(
         reduce (`Callable`): mean of a tensor over the processes, so that all of them get the same weight.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the loss and its weight, two scalars; the weight is in [0, 10000] and
-        without gradient.
+        `tuple[torch.Tensor, torch.Tensor]`: the loss and its weight in [0, 10000], without gradient, two scalars.
     """
     inputs = last_layer.__dict__.pop("latest_input", None)
     if inputs is None:
         raise ValueError("`last_layer` must have kept its input: call `remember_input` before the model runs.")
-    inputs = inputs.float()
     (reconstruction_gradient,) = torch.autograd.grad(reconstruction_loss, images, retain_graph=True)
     judged = images.detach().requires_grad_()
     scores = discriminator(judged).float()
@@ -125,7 +108,7 @@ def generator_loss(
     options = (last_layer.stride, last_layer.padding, last_layer.dilation, last_layer.groups)
 
     def norm(images_gradient: torch.Tensor) -> torch.Tensor:
-        return reduce(conv2d_weight(inputs, size, images_gradient.float(), *options)).norm()
+        return reduce(conv2d_weight(inputs.float(), size, images_gradient.float(), *options)).norm()
 
     weight = norm(reconstruction_gradient) / (norm(gradient) + 1e-4)
     return loss, weight.clamp(max=1e4)

@@ -6,15 +6,9 @@ from torch.nn import functional as F
 
 def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Flow-matching loss of iFSQ's DiT: the squared error of the predicted velocity, and the error of its direction.
-
-    Args:
-        velocity (`torch.Tensor` of shape `(batch, channels, height, width)`): predicted velocity.
-        target (`torch.Tensor` of the same shape): data minus noise.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: for each image the mean squared error, and the mean of one minus the
-        cosine similarity over the channels; both float32 of shape `(batch,)`. The mean of their sum is trained on.
+    Flow-matching loss of iFSQ's DiT: the mean squared error of each image's velocity `(batch, channels, height,
+    width)` against data minus noise, and the mean of one minus the cosine similarity over the channels. Both are
+    float32 of shape `(batch,)`; the mean of their sum is trained on.
     """
     velocity, target = velocity.float(), target.float()
     squared_error = (velocity - target).square().mean(dim=(1, 2, 3))

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 class RepresentationAlignment(nn.Module):
     """
-    Projector from a generator model's hidden states to a teacher's features, and the loss between the two. It belongs
-    to training alone: no weight of it is part of that model.
+    Projector from a generator model's hidden states to a teacher's features, and the loss between the two. It is for
+    training alone: no weight of it is part of that model.
 
     Args:
         hidden_size (`int`): width of the generator model.
@@ -30,12 +30,12 @@ class RepresentationAlignment(nn.Module):
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`):
-                in raster order. In an autoregressive model position i is the one that predicts token i.
+                in raster order; in an AR model position i is the one that predicts token i.
             teacher_features (`torch.Tensor` of shape `(batch, tokens, teacher_hidden_size)`): of the same cells.
 
         Returns:
             `torch.Tensor`: minus the mean cosine similarity, a scalar in [-1, 1].
-        """  # noqa: D205
+        """
         if hidden_states.shape[:2] != teacher_features.shape[:2]:
             raise ValueError(
                 f"`hidden_states` and `teacher_features` must have the same batch and tokens, got "

@@ -15,10 +15,24 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 HEADS_FILE = Path(__file__).with_name("lpips_vgg.safetensors")
 
 
+def check_image_shapes(images: torch.Tensor, references: torch.Tensor, smallest_side: int = 1) -> None:
+    """Check that two batches are floats of one shape `(batch, 1 or 3, height, width)`; no value is read."""
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[1] not in (1, 3) or not shape[0] or min(shape[2:]) < smallest_side:
+        raise ValueError(
+            "`images` must have shape (batch, 1 or 3, height, width) with at least "
+            f"{smallest_side} pixels per side, got {shape}."
+        )
+    if references.shape != images.shape:
+        raise ValueError(f"`references` must have the shape of `images`, {shape}, got {tuple(references.shape)}.")
+    for name, values in (("images", images), ("references", references)):
+        if not values.is_floating_point():
+            raise ValueError(f"`{name}` must be floats in [-1, 1], got a tensor of dtype {values.dtype}.")
+
+
 class LPIPS(nn.Module):
     r"""
-    Learned perceptual distance of two images: their VGG16 features after each of five stages are normalized to unit
-    length over the channels, and the squared differences are weighted by channel, averaged over places, and summed:
+    Learned perceptual distance of two images, on their VGG16 features `f` and `g` after each of five stages:
     `sum_l mean_hw sum_c w_lc * (f_lchw / |f_lhw| - g_lchw / |g_lhw|)**2`. The weights `w` are those of version 0.1 of
     LPIPS, which come with this package; VGG16's own are loaded.
 
@@ -29,15 +43,6 @@ class LPIPS(nn.Module):
             safetensors of an ImageNet VGG16 under torchvision's names (`features.0.weight`, ...): a repository on the
             Hub or a folder with a `model.safetensors`, or the file itself.
         revision (`str`, *optional*): branch, tag or commit of the repository.
-
-    Example:
-
-    ```python
-    from hf_ifsq.vision.lpips import LPIPS
-
-    lpips = LPIPS()
-    loss = lpips(reconstructions, pixel_values).mean()
-    ```
     """
 
     shift: torch.Tensor
@@ -77,39 +82,26 @@ class LPIPS(nn.Module):
 
         Returns:
             `torch.Tensor` of shape `(batch,)`, float32: distances of at least 0, the smaller the more alike.
-        """  # noqa: D205
-        shape = tuple(images.shape)
-        if len(shape) != 4 or shape[1] not in (1, 3) or min(shape[2:]) < 16:
-            raise ValueError(
-                "`images` must have shape (batch, 1 or 3, height, width) with at least 16 pixels per side, got "
-                f"{shape}."
-            )
-        if tuple(references.shape) != shape:
-            raise ValueError(f"`references` must have the shape of `images`, {shape}, got {tuple(references.shape)}.")
-        for name, values in (("images", images), ("references", references)):
-            if not values.is_floating_point():
-                raise ValueError(f"`{name}` must be floats in [-1, 1], got a tensor of dtype {values.dtype}.")
+        """
+        check_image_shapes(images, references, smallest_side=16)
+        distances: list[torch.Tensor] = []
         with torch.autocast(device_type=images.device.type, enabled=False):
-            pair = [
-                (values.float().expand(-1, 3, -1, -1) - self.shift) / self.scale for values in (images, references)
-            ]
-            distances = torch.zeros(len(images), device=images.device)
+            pair = [(values.float() - self.shift) / self.scale for values in (images, references)]
             for number, layer in enumerate(self.features):
                 pair = [layer(hidden) for hidden in pair]
                 if number in self._stage_ends:
                     lengths = [torch.linalg.vector_norm(hidden, dim=1, keepdim=True) + 1e-10 for hidden in pair]
                     difference = pair[0] / lengths[0] - pair[1] / lengths[1]
-                    head = self.heads[self._stage_ends.index(number)]
-                    distances = distances + head(difference.square()).mean(dim=(1, 2, 3))
-        return distances
+                    head = self.heads[len(distances)]
+                    distances.append(head(difference.square()).mean(dim=(1, 2, 3)))
+        return torch.stack(distances).sum(dim=0)
 
     def _load_features(self, vgg: str, revision: str | None) -> None:
         try:
-            if Path(vgg).is_dir():
-                file = Path(vgg) / "model.safetensors"
-            elif Path(vgg).is_file() or vgg.endswith(".safetensors"):
-                file = Path(vgg)
-            else:
+            file = Path(vgg)
+            if file.is_dir():
+                file = file / "model.safetensors"
+            elif not file.is_file() and file.suffix != ".safetensors":
                 file = Path(hf_hub_download(vgg, "model.safetensors", revision=revision))
             weights = load_file(file)
         except (OSError, HFValidationError, SafetensorError) as error:
@@ -117,16 +109,15 @@ class LPIPS(nn.Module):
                 f"The weights of VGG16 could not be had from `vgg` {vgg!r}. Pass the name of a repository on the Hub, "
                 f"or without a network a folder with its `model.safetensors`, or such a file. ({error})"
             ) from error
-        own = self.features.state_dict()
         problems = []
-        for name, weight in own.items():
-            loaded = weights.get(f"features.{name}")
-            if loaded is None:
-                problems.append(f"features.{name} is missing")
-            elif loaded.shape != weight.shape:
-                problems.append(f"features.{name} has shape {tuple(loaded.shape)} instead of {tuple(weight.shape)}")
-            elif not torch.isfinite(loaded).all():
-                problems.append(f"features.{name} is not finite")
+        for name, own in self.features.state_dict(prefix="features.").items():
+            if name not in weights:
+                problems.append(f"{name} is missing")
+            elif weights[name].shape != own.shape:
+                problems.append(f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own.shape)}")
+            elif not torch.isfinite(weights[name]).all():
+                problems.append(f"{name} is not finite")
+            else:
+                own.copy_(weights[name])
         if problems:
             raise ValueError(f"`vgg` {vgg!r} does not hold VGG16's features: {', '.join(problems)}.")
-        self.features.load_state_dict({name: weights[f"features.{name}"] for name in own})

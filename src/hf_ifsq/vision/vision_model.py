@@ -18,18 +18,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class VisionModel(nn.Module):
     """
-    Any vision model that [`~transformers.AutoModel`] loads, frozen and in evaluation mode, that looks at images in
-    [-1, 1]: a vision transformer or a convolutional network; of a model of images and text, the vision part. What it
-    is asked for is said by its subclasses: a feature per place ([`Teacher`]) or per image ([`FeatureExtractor`]).
+    Any vision model that [`~transformers.AutoModel`] loads from a folder or from the Hub, frozen and in evaluation
+    mode: a vision transformer or a convolutional network; of a model of images and text, the vision part.
 
-    Args:
-        name_or_path (`str`): a folder or a name on the Hub.
-
-    Attributes:
-        hidden_size (`int`): width of its features.
-        stride (`int`): pixels from one feature to the next.
-        has_class_token (`bool`): whether its first feature stands for the whole image.
-        usual_size (`int`): side in pixels of the images that its config names, or else 224.
+    Its features are `hidden_size` wide and `stride` pixels apart; `has_class_token` says whether the first stands for
+    the whole image. `usual_size` is the side in pixels of the images that its config names, or else 224.
     """
 
     mean: torch.Tensor
@@ -44,21 +37,13 @@ class VisionModel(nn.Module):
         parameters = inspect.signature(self.model.forward).parameters
         self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
         size = getattr(self.model.config, "image_size", None)
-        self.usual_size = size if isinstance(size, int) else 224
-        self.stride, self.hidden_size, self.has_class_token = self._probe()
-
-    @torch.no_grad()
-    def _probe(self) -> tuple[int, int, bool]:
-        """Stride, width and class token of the features, seen on an image of the usual size."""
-        side = self.usual_size
-        features = self.model(torch.zeros(1, 3, side, side), **self.options).last_hidden_state
-        if features.ndim == 4:
-            return side // features.shape[-1], features.shape[1], False
+        self.usual_size = side = size if isinstance(size, int) else 224
+        _, num_features, self.hidden_size = self.extract(torch.zeros(1, 3, side, side), (side, side)).shape
+        self.stride, self.has_class_token = side // math.isqrt(num_features), False
         patch_size = getattr(self.model.config, "patch_size", None)
-        if isinstance(patch_size, int) and features.shape[1] >= (side // patch_size) ** 2:
-            return patch_size, features.shape[2], features.shape[1] > (side // patch_size) ** 2
-        # A hierarchical transformer merges patches on the way.
-        return side // math.isqrt(features.shape[1]), features.shape[2], False
+        # Where there are fewer, a hierarchical model merges patches on the way.
+        if isinstance(patch_size, int) and num_features >= (side // patch_size) ** 2:
+            self.stride, self.has_class_token = patch_size, num_features > (side // patch_size) ** 2
 
     def train(self, mode: bool = True) -> "VisionModel":
         """It stays in evaluation mode."""
@@ -67,16 +52,9 @@ class VisionModel(nn.Module):
     @torch.no_grad()
     def extract(self, pixel_values: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
         """
-        All features of images, resized with an antialiased bicubic filter and normalized by the statistics of
-        ImageNet.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
-            image_size (`tuple[int, int]`): height and width to which they are resized.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, features, hidden_size)`, float32: class and register tokens, if any,
-            before those of the patches in raster order.
+        All features `(batch, features, hidden_size)`, float32, of images `(batch, 1 or 3, height, width)` in [-1, 1]
+        after resizing to `image_size` with an antialiased bicubic filter and ImageNet's normalization. Class and
+        register tokens, if any, come before the features of the patches in raster order.
         """
         images = ((pixel_values.float() + 1) / 2).expand(-1, 3, -1, -1)
         images = F.interpolate(images, size=image_size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -91,7 +69,7 @@ class Teacher(VisionModel):
     The features of a frozen vision model at each cell of a token grid: the target of representation alignment.
 
     Args:
-        name_or_path (`str`): as in [`VisionModel`].
+        name_or_path (`str`): a folder or a name on the Hub.
         grid_size (`int` or `tuple[int, int]`): rows and columns of the token grid, to which the patch grid is fitted.
     """
 
@@ -102,15 +80,11 @@ class Teacher(VisionModel):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, rows * columns, hidden_size)`, float32: the features of the patches in
-            raster order, without class and register tokens.
-        """  # noqa: D205
+        The features of patches `(batch, rows * columns, hidden_size)`, float32 and in raster order, without class and
+        register tokens, of images `(batch, 1 or 3, height, width)` in [-1, 1].
+        """
         features = self.extract(pixel_values, self.image_size)
-        num_patches = self.grid_size[0] * self.grid_size[1]
+        num_patches = math.prod(self.grid_size)
         if features.shape[1] < num_patches:
             raise ValueError(
                 f"The `teacher` gives {features.shape[1]} features for an image of {self.image_size} pixels, fewer "
@@ -125,7 +99,7 @@ class FeatureExtractor(VisionModel):
     none the mean over all places. Poolers behind it are left out, as many checkpoints do not hold their weights.
 
     Args:
-        name_or_path (`str`): as in [`VisionModel`].
+        name_or_path (`str`): a folder or a name on the Hub.
         image_size (`int`, *optional*):
             side in pixels to which images are resized; by default that of the model's config, or else 224. The config
             of DINOv2 says 518; its published distances are at 224.
@@ -138,12 +112,6 @@ class FeatureExtractor(VisionModel):
             raise ValueError(f"`image_size` must be at least {self.stride} pixels, got {self.image_size}.")
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(batch, 1 or 3, height, width)`): images in [-1, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch, hidden_size)`, float32.
-        """  # noqa: D205
+        """Features `(batch, hidden_size)`, float32, of images `(batch, 1 or 3, height, width)` in [-1, 1]."""
         features = self.extract(pixel_values, (self.image_size, self.image_size))
         return features[:, 0] if self.has_class_token else features.mean(dim=1)

@@ -1,5 +1,3 @@
-"""How alike two representations of the same images are, as a module of `evaluate`."""
-
 import torch
 
 from hf_ifsq.metrics import alignment, evaluation
@@ -8,9 +6,7 @@ from hf_ifsq.metrics import alignment, evaluation
 class CKNNA(evaluation.Metric):
     """Alignment of two representations, see the card beside this file."""
 
-    folder = "cknna"
     inputs = {"predictions": evaluation.VECTOR, "references": evaluation.VECTOR}
-    urls = ("https://arxiv.org/abs/2405.07987",)
 
     def _compute(self, predictions, references, k: int = alignment.CKNNA_NEIGHBORS) -> dict[str, float]:
         return {"cknna": alignment.cknna(torch.as_tensor(predictions), torch.as_tensor(references), k)}

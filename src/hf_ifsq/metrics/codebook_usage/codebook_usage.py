@@ -1,5 +1,3 @@
-"""How image tokens use their codebook, as a module of `evaluate`."""
-
 from typing import Any
 
 import numpy as np
@@ -10,9 +8,7 @@ from hf_ifsq.metrics import codebook, evaluation
 class CodebookUsage(evaluation.Metric):
     """Usage of a codebook, see the card beside this file."""
 
-    folder = "codebook_usage"
     inputs = {"predictions": evaluation.TOKENS}
-    urls = ("https://arxiv.org/abs/2309.15505", "https://arxiv.org/abs/2601.17124")
 
     def _compute(
         self, predictions, codebook_size: int | None = None, levels: list[int] | None = None, bounded=None

@@ -1,14 +1,10 @@
-"""Fréchet distance between two sets of features, as a module of `evaluate`."""
-
 from hf_ifsq.metrics import evaluation, frechet
 
 
 class FrechetDistance(evaluation.Metric):
     """Fréchet distance between sets of features of equal numbers, see the card beside this file."""
 
-    folder = "frechet_distance"
     inputs = {"predictions": evaluation.VECTOR, "references": evaluation.VECTOR}
-    urls = ("https://arxiv.org/abs/1706.08500",)
 
     def _compute(self, predictions, references) -> dict[str, float]:
         moments, reference_moments = frechet.FeatureMoments(), frechet.FeatureMoments()

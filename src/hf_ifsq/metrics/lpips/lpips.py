@@ -1,5 +1,3 @@
-"""Learned perceptual distance (LPIPS) of reconstructed images, as a module of `evaluate`."""
-
 import statistics
 
 import torch
@@ -11,9 +9,7 @@ from hf_ifsq.vision.lpips import LPIPS
 class Lpips(evaluation.Metric):
     """LPIPS of images of any sizes, see the card beside this file."""
 
-    folder = "lpips"
     inputs = {"predictions": evaluation.IMAGE, "references": evaluation.IMAGE}
-    urls = ("https://arxiv.org/abs/1801.03924", "https://github.com/richzhang/PerceptualSimilarity")
 
     @torch.no_grad()
     def _compute(

@@ -1,5 +1,3 @@
-"""PSNR and SSIM of reconstructed images, as a module of `evaluate`."""
-
 import statistics
 
 from hf_ifsq.metrics import evaluation, images
@@ -8,9 +6,7 @@ from hf_ifsq.metrics import evaluation, images
 class Reconstruction(evaluation.Metric):
     """PSNR and SSIM of images of any sizes, see the card beside this file."""
 
-    folder = "reconstruction"
     inputs = {"predictions": evaluation.IMAGE, "references": evaluation.IMAGE}
-    urls = ("https://doi.org/10.1109/TIP.2003.819861",)
 
     def _compute(self, predictions, references) -> dict[str, float | list[float]]:
         pairs = list(evaluation.image_pairs(predictions, references))
