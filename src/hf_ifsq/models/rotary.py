@@ -21,14 +21,8 @@ def rotary_table_2d(
     frequencies = 1.0 / theta**exponents
     row_angles = torch.outer(torch.arange(rows, device=device, dtype=torch.float32), frequencies)
     column_angles = torch.outer(torch.arange(columns, device=device, dtype=torch.float32), frequencies)
-    angles = torch.cat(
-        [
-            row_angles[:, None].expand(rows, columns, -1),
-            column_angles[None].expand(rows, columns, -1),
-        ],
-        dim=-1,
-    )
-    angles = angles.reshape(rows * columns, head_dim // 2).repeat_interleave(2, dim=-1)
+    angles = torch.cat([row_angles.repeat_interleave(columns, dim=0), column_angles.repeat(rows, 1)], dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1)
     return angles.cos(), angles.sin()
 
 

@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional as F
 
+from ..guidance import drop_labels
 from .grid import as_grid
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
@@ -77,18 +78,15 @@ class IFSQDiTFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, activation_fn: str):
         super().__init__()
-        self.activation_fn = activation_fn
-        if activation_fn == "swiglu":
-            inner_size = 2 * inner_size // 3
-            self.proj_in = nn.Linear(hidden_size, 2 * inner_size)
-        else:
-            self.proj_in = nn.Linear(hidden_size, inner_size)
+        self.gated = activation_fn == "swiglu"
+        inner_size = 2 * inner_size // 3 if self.gated else inner_size
+        self.proj_in = nn.Linear(hidden_size, 2 * inner_size if self.gated else inner_size)
         self.proj_out = nn.Linear(inner_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, patches, hidden_size)` to the same."""
         hidden_states = self.proj_in(hidden_states)
-        if self.activation_fn == "swiglu":
+        if self.gated:
             gate, hidden_states = hidden_states.chunk(2, dim=-1)
             return self.proj_out(F.silu(gate) * hidden_states)
         return self.proj_out(F.gelu(hidden_states, approximate="tanh"))
@@ -199,11 +197,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         for name in ("sample_size", "levels"):
             if isinstance(self.config[name], tuple):
                 self.register_to_config(**{name: list(self.config[name])})
-        self.in_channels = in_channels
-        self.patch_size = patch_size
         self.head_dim = attention_head_dim
-        self.num_classes = num_classes
-        self.class_dropout_prob = class_dropout_prob
         hidden_size = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
@@ -252,7 +246,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             [`IFSQDiTOutput`] or `tuple`.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
-        patch_size = self.patch_size
+        patch_size = self.config.patch_size
         grid = (hidden_states.shape[2] // patch_size, hidden_states.shape[3] // patch_size)
         device = hidden_states.device
 
@@ -262,7 +256,9 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         hidden_states = hidden_states + self._fixed_positions(grid, device).to(dtype)
         rotary = rotary_table_2d(grid, self.head_dim, device=device)
         time = self.time_embed(self.time_features(timestep).to(dtype))
-        condition = time + self.class_embed(self._drop_labels(class_labels))
+        if self.training:
+            class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
+        condition = time + self.class_embed(class_labels)
 
         collected = [hidden_states] if output_hidden_states else []
         for block in self.blocks:
@@ -287,12 +283,6 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         rows, columns = torch.meshgrid(*[torch.arange(size, device=device) for size in grid], indexing="ij")
         return get_2d_sincos_pos_embed_from_grid(self.class_embed.embedding_dim, torch.stack([columns, rows])).float()
 
-    def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.class_dropout_prob == 0:
-            return class_labels
-        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
-        return class_labels.masked_fill(dropped, self.num_classes)
-
     def _init_weights(self) -> None:
         """As in DiT: Xavier weights, small embeddings, and zeros where a block or the model begins as the identity."""
         for module in self.modules():
@@ -306,7 +296,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             nn.init.zeros_(layer.get_parameter("weight"))
 
     def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
-        channels, patch_size = self.in_channels, self.patch_size
+        channels, patch_size = self.config.in_channels, self.config.patch_size
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % patch_size or shape[3] % patch_size:
             raise ValueError(
