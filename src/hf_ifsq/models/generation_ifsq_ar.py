@@ -41,7 +41,6 @@ def processors_of_factors(
     top_p: float | None | Sequence[float | None],
 ) -> list[LogitsProcessorList]:
     """transformers' processors for the logits of each factor of a token; the options are those of `generate`."""
-
     options: list[Sequence[Any]] = []
     for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         options.append(value if isinstance(value, Sequence) else [value] * num_factors)
@@ -77,17 +76,9 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
 
     def setup_cache(self, max_rows: int) -> None:
         """
-        Allocate what `generate` keeps of earlier tokens once, at its full length and at addresses that do not change,
-        and keep it between calls, as compiled decoding needs it. Then compile the decoders:
-
-        ```py
-        model.setup_cache(max_rows=16)
-        for decoder in model.decoders:
-            decoder.compile(fullgraph=True)
-        ```
-
-        Args:
-            max_rows (`int`): rows at a time: images, twice as many with guidance. More set it up again, larger.
+        Allocate once, at addresses that do not change, what `generate` keeps of earlier tokens, as compiled decoding
+        needs it: after this, `compile` each of `decoders`. `max_rows` at a time are images, or twice as many with
+        guidance; more set it up again, larger.
         """
         device = self.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
@@ -117,8 +108,8 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         Args:
             class_labels (`torch.LongTensor` of shape `(batch,)`): ids in [0, num_classes].
             guidance_scale (`float`, *optional*, defaults to 1.0):
-                classifier-free guidance `uncond + scale * (cond - uncond)` of the logits of each factor, at least
-                1.0; at 1.0 no unconditional row is computed.
+                strength, at least 1.0, of classifier-free guidance `uncond + scale * (cond - uncond)` of the logits
+                of each factor; at 1.0 no unconditional row is computed.
             guidance_schedule (`str`, *optional*, defaults to `"constant"`):
                 `"constant"`, or the scale grows from 1.0 at the first token to `guidance_scale` at the last,
                 `"linear"` or by half a `"cosine"`.

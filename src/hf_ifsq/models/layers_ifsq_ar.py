@@ -22,15 +22,12 @@ def eager_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain matrix products, behind `attn_implementation="eager"`."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -103,9 +100,8 @@ class IFSQARDecoderLayer(GradientCheckpointingLayer):
         past_key_values: "Cache | Decoder | None" = None,
     ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` to the same."""
-        attn_output = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
-        )
+        normed = self.input_layernorm(hidden_states)
+        attn_output = self.self_attn(normed, position_embeddings, attention_mask, past_key_values)
         hidden_states = hidden_states + self.dropout(attn_output)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
@@ -120,12 +116,7 @@ def run_layers(
 ) -> torch.Tensor:
     """`(batch, sequence, hidden_size)` through layers one after another; `outputs` takes in the output of each."""
     for layer in layers:
-        hidden_states = layer(
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
+        hidden_states = layer(hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values)
         if outputs is not None:
             outputs.append(hidden_states)
     return hidden_states
@@ -136,11 +127,7 @@ class Decoder(nn.Module):
     Layers that run one position of a sequence at a time, with keys and values of all positions in memory that is
     allocated once, as in gpt-fast (https://github.com/pytorch-labs/gpt-fast). As it is made, attention reads what was
     written so far alone. After `setup` it reads the whole memory behind a mask, and neither shapes nor addresses
-    change: what compilers and CUDA graphs need.
-
-    Args:
-        layers (`torch.nn.ModuleList`): decoder layers, which stay the model's own.
-        rotary (`tuple[torch.Tensor, torch.Tensor]`): cosines and sines of each position, `(length, head_dim)`.
+    change: what compilers and CUDA graphs need. `rotary` are cosines and sines of each position, `(length, head_dim)`.
     """
 
     def __init__(self, layers: nn.ModuleList, rotary: tuple[torch.Tensor, torch.Tensor]):

@@ -37,12 +37,17 @@ class IFSQDiTOutput(BaseOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def _norm(norm_type: str | None, size: int, eps: float = 1e-6, layer_norm_weights: bool = False) -> nn.Module:
-    if norm_type is None:
-        return nn.Identity()
+def _norm(norm_type: str, size: int) -> nn.Module:
     if norm_type == "rms_norm":
-        return nn.RMSNorm(size, eps=eps)
-    return nn.LayerNorm(size, eps=eps, elementwise_affine=layer_norm_weights)
+        return nn.RMSNorm(size, eps=1e-6)
+    return nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+
+
+def _qk_norm(norm_type: str | None, size: int) -> nn.Module:
+    if norm_type == "layer_norm":
+        # The official code gives it weights and PyTorch's default epsilon.
+        return nn.LayerNorm(size)
+    return nn.RMSNorm(size, eps=1e-6) if norm_type == "rms_norm" else nn.Identity()
 
 
 def _modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -55,12 +60,9 @@ class IFSQDiTAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None):
         super().__init__()
         self.num_heads = num_heads
-        head_dim = hidden_size // num_heads
         self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        # The official code gives the layer norm of queries and keys weights and PyTorch's default epsilon.
-        eps = 1e-6 if qk_norm == "rms_norm" else 1e-5
-        self.norm_q = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
-        self.norm_k = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
+        self.norm_q = _qk_norm(qk_norm, hidden_size // num_heads)
+        self.norm_k = _qk_norm(qk_norm, hidden_size // num_heads)
         self.to_out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -157,8 +159,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
     >>> from hf_ifsq import IFSQDiTTransformer2DModel
 
     >>> model = IFSQDiTTransformer2DModel(sample_size=4, num_layers=2, num_attention_heads=2, attention_head_dim=16)
-    >>> latents = torch.randn(2, 4, 4, 4)
-    >>> model(latents, timestep=torch.tensor([0.1, 0.9]), class_labels=torch.tensor([3, 7])).sample.shape
+    >>> model(torch.randn(2, 4, 4, 4), timestep=torch.rand(2), class_labels=torch.tensor([3, 7])).sample.shape
     torch.Size([2, 4, 4, 4])
 
     ```
@@ -274,9 +275,8 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         # (batch, rows * columns, p * p * channels) to (batch, channels, rows * p, columns * p)
         patches = patches.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, -1))
         sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        if not return_dict:
-            return (sample, tuple(collected)) if output_hidden_states else (sample,)
-        return IFSQDiTOutput(sample=sample, hidden_states=tuple(collected) if output_hidden_states else None)
+        output = IFSQDiTOutput(sample=sample, hidden_states=tuple(collected) if output_hidden_states else None)
+        return output if return_dict else output.to_tuple()
 
     def _fixed_positions(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Sine-cosine positions, `(rows * columns, hidden_size)`: the first half of the channels is the column."""
