@@ -8,11 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, initialization
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..guidance import drop_labels
@@ -37,9 +35,8 @@ class IFSQAROutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             mean cross-entropy in nats, summed over the factors.
         logits (`torch.Tensor` of shape `(batch, sequence, sum(vocab_sizes))`, *optional*):
-            scores of the next token before the softmax, those of its factors next to each other:
-            `logits.split(config.vocab_sizes, dim=-1)`. `None` in training mode with `labels`, where the loss is
-            computed without ever holding all of them.
+            scores of the factors of each token before the softmax: `logits.split(config.vocab_sizes, dim=-1)`. `None`
+            in training mode with `labels`, where the loss is computed without ever holding all of them.
         factor_losses (`tuple[torch.Tensor]`, *optional*, returned with `labels`): the terms of the loss.
         past_key_values ([`~transformers.Cache`], *optional*): keys and values seen so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
@@ -205,9 +202,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
     >>> import torch
     >>> from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration
 
-    >>> config = IFSQARConfig(
-    ...     vocab_sizes=[9, 9], grid_size=[2, 2], hidden_size=16, num_hidden_layers=2, num_attention_heads=2
-    ... )
+    >>> config = IFSQARConfig(vocab_sizes=[9, 9], grid_size=[2, 2], hidden_size=16, num_attention_heads=2)
     >>> model = IFSQARForImageGeneration(config).eval()
     >>> indices = model.generate(torch.tensor([3, 7]), generator=torch.Generator().manual_seed(0))
     >>> indices.shape
@@ -256,12 +251,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         """
         input_ids = self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
         outputs = self.model(
-            class_labels,
-            input_ids[:, :-1],
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+            class_labels, input_ids[:, :-1], past_key_values, use_cache, output_hidden_states, return_dict=True
         )
         first_predicted = 0 if class_labels is not None else 1
         factors = self.model.split_indices(input_ids[:, first_predicted:])

@@ -7,13 +7,11 @@ def rotary_table_2d(
     grid_size: tuple[int, int], head_dim: int, theta: float = 10000.0, device: torch.device | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cosines and sines that turn a head's channels by their position in the grid, as in LlamaGen
-    (https://arxiv.org/abs/2406.06525). Pairs are neighbouring channels; the first half of the pairs turns with the
-    row, the second half with the column, pair i of a half by `position * theta ** (-4 * i / head_dim)`.
-
-    For `rows * columns` cells in raster order and heads of `head_dim` channels, a multiple of 4: two float32 tensors
-    of shape `(rows * columns, head_dim)`, the value of a pair repeated for both of its channels.
-    """  # noqa: D205
+    Cosines and sines, float32 of shape `(rows * columns, head_dim)` each, that turn a head's channels by their place
+    in the grid, as in LlamaGen (https://arxiv.org/abs/2406.06525). Cells are in raster order, pairs are neighbouring
+    channels; the first half of the pairs turns with the row, the second half with the column, pair i of a half by
+    `position * theta ** (-4 * i / head_dim)`.
+    """
     if head_dim % 4:
         raise ValueError(f"2D rotary positions need a head dimension that is a multiple of 4, got {head_dim}.")
     rows, columns = grid_size

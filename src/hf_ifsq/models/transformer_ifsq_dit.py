@@ -198,7 +198,6 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         for name in ("sample_size", "levels"):
             if isinstance(self.config[name], tuple):
                 self.register_to_config(**{name: list(self.config[name])})
-        self.head_dim = attention_head_dim
         hidden_size = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
@@ -255,7 +254,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         # In the dtype of the weights, not of the convolution's output: under autocast the residual stream is float32.
         dtype = self.patch_embed.weight.dtype
         hidden_states = hidden_states + self._fixed_positions(grid, device).to(dtype)
-        rotary = rotary_table_2d(grid, self.head_dim, device=device)
+        rotary = rotary_table_2d(grid, self.config.attention_head_dim, device=device)
         time = self.time_embed(self.time_features(timestep).to(dtype))
         if self.training:
             class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
@@ -320,14 +319,13 @@ def _check_config(config: Mapping[str, Any]) -> None:
     for name, allowed in choices.items():
         if config[name] not in allowed:
             raise ValueError(f"`{name}` must be one of {allowed}, got {config[name]!r}.")
-    if config["attention_head_dim"] % 4:
+    size, patch_size, head_dim = (config[name] for name in ("sample_size", "patch_size", "attention_head_dim"))
+    if head_dim % 4:
         raise ValueError(
-            f"`attention_head_dim` must be a multiple of 4, for rotary positions in two dimensions, got "
-            f"{config['attention_head_dim']}."
+            f"`attention_head_dim` must be a multiple of 4, for rotary positions in two dimensions, got {head_dim}."
         )
-    size = config["sample_size"]
-    if any(side % config["patch_size"] for side in as_grid(size)):
-        raise ValueError(f"`sample_size` must be a multiple of `patch_size` {config['patch_size']}, got {size}.")
+    if any(side % patch_size for side in as_grid(size)):
+        raise ValueError(f"`sample_size` must be a multiple of `patch_size` {patch_size}, got {size}.")
     if not 0 <= config["class_dropout_prob"] < 1:
         raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {config['class_dropout_prob']}.")
     id2label, num_classes = config["id2label"], config["num_classes"]
@@ -335,8 +333,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
     if id2label is not None and set(id2label) != set(range(num_classes)):
         raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {sorted(id2label)}.")
-    levels = config["levels"]
-    if levels is not None and len(levels) != config["in_channels"]:
-        raise ValueError(
-            f"`levels` must be one for each of the {config['in_channels']} `in_channels`, got {list(levels)}."
-        )
+    levels, channels = config["levels"], config["in_channels"]
+    if levels is not None and len(levels) != channels:
+        raise ValueError(f"`levels` must be one for each of the {channels} `in_channels`, got {list(levels)}.")

@@ -137,10 +137,16 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         check_guidance(guidance_scale, guidance_interval, self.transformer.config.class_dropout_prob)
         self._check_scheduler()
-        latents = self._prepare_latents(latents, generator, len(labels))
+        tokenizer = self._image_tokenizer
+        shape = (len(labels), self.transformer.config.in_channels, *tokenizer.grid_size)
+        if latents is None:
+            latents = draw(torch.randn, shape[1:], image_generators(generator, len(labels)), labels.device)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        # The path is followed in float32 whatever the dtype of the model.
+        latents = latents.to(labels.device, torch.float32)
 
         # 2. Follow the velocity from noise to latents and decode them.
-        tokenizer = self._image_tokenizer
         outputs = []
         with self.progress_bar(total=num_inference_steps * len(batches)) as progress_bar:
 
@@ -207,18 +213,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 "`callback_on_step_end` returned NaN."
             )
         return latents
-
-    def _prepare_latents(
-        self, latents: torch.Tensor | None, generator: torch.Generator | list[torch.Generator] | None, batch_size: int
-    ) -> torch.Tensor:
-        """Noise in float32, in which the path is followed whatever the dtype of the model."""
-        shape = (self.transformer.config.in_channels, *self._image_tokenizer.grid_size)
-        device = self._execution_device
-        if latents is None:
-            return draw(torch.randn, shape, image_generators(generator, batch_size), device)
-        if tuple(latents.shape) != (batch_size, *shape):
-            raise ValueError(f"`latents` must have shape {(batch_size, *shape)}, got {tuple(latents.shape)}.")
-        return latents.to(device, torch.float32)
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
         scheduler, device = self.scheduler, self._execution_device

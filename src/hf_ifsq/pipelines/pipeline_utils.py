@@ -17,6 +17,7 @@ from ..models.image_tokenizer import ImageTokenizer, as_image_tokenizer
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor
 
 # Pipelines on the Hub are only downloaded if diffusers knows the modules of their components.
 for module in ("autoencoder_ifsq", "modeling_ifsq_ar", "transformer_ifsq_dit"):
@@ -78,16 +79,9 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         return [labels[name] for name in names]
 
     def _prepare(
-        self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
-        num_images_per_label: int,
-        batch_size: int | None,
-        output_type: str,
+        self, class_labels: ClassLabels, num_images_per_label: int, batch_size: int | None, output_type: str
     ) -> tuple[torch.Tensor, list[slice]]:
-        """
-        Check the inputs of both pipelines. Gives the label of each image, those of a class next to each other, and the
-        images that go through `transformer` together.
-        """
+        """Check the inputs of both pipelines. Gives each image's label and the images that are generated together."""
         self._check_match()
         for name in ("transformer", "tokenizer"):
             if getattr(self, name).training:
@@ -103,7 +97,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         step = batch_size or len(labels)
         return labels, [slice(start, start + step) for start in range(0, len(labels), step)]
 
-    def _class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+    def _class_ids(self, class_labels: ClassLabels) -> list[int]:
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.flatten().tolist()
         elif isinstance(class_labels, str) or not isinstance(class_labels, (Sequence, np.ndarray)):
@@ -121,12 +115,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         return ids
 
     def _call_back(
-        self,
-        callback: Callable[[Any, int, Any, dict], dict],
-        step: int,
-        timestep: Any,
-        name: str,
-        values: torch.Tensor,
+        self, callback: Callable[..., dict], step: int, timestep: Any, name: str, values: torch.Tensor
     ) -> torch.Tensor:
         """Show values to the user's function and return what it makes of them."""
         changed = callback(self, step, timestep, {name: values.clone()}).get(name, values)
