@@ -246,7 +246,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             [`IFSQDiTOutput`] or `tuple`.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
-        patch_size = self.config.patch_size
+        patch_size = self.config["patch_size"]
         grid = (hidden_states.shape[2] // patch_size, hidden_states.shape[3] // patch_size)
         device = hidden_states.device
 
@@ -254,10 +254,10 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         # In the dtype of the weights, not of the convolution's output: under autocast the residual stream is float32.
         dtype = self.patch_embed.weight.dtype
         hidden_states = hidden_states + self._fixed_positions(grid, device).to(dtype)
-        rotary = rotary_table_2d(grid, self.config.attention_head_dim, device=device)
+        rotary = rotary_table_2d(grid, self.config["attention_head_dim"], device=device)
         time = self.time_embed(self.time_features(timestep).to(dtype))
         if self.training:
-            class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
+            class_labels = drop_labels(class_labels, self.config["class_dropout_prob"], self.config["num_classes"])
         condition = time + self.class_embed(class_labels)
 
         collected = [hidden_states] if output_hidden_states else []
@@ -295,7 +295,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             nn.init.zeros_(layer.get_parameter("weight"))
 
     def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
-        channels, patch_size = self.config.in_channels, self.config.patch_size
+        channels, patch_size = self.config["in_channels"], self.config["patch_size"]
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % patch_size or shape[3] % patch_size:
             raise ValueError(
