@@ -24,11 +24,7 @@ def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 
 
 class OneDNNLinear(nn.Linear):
-    """
-    `torch.nn.Linear` that in inference in float32 on a CPU multiplies by oneDNN, where PyTorch takes MKL. The two
-    differ by rounding. Everything else (gradients, other dtypes and devices, autocast, quantized weights, export)
-    goes PyTorch's way.
-    """
+    """`torch.nn.Linear` that in inference in float32 on a CPU multiplies by oneDNN; all else goes PyTorch's way."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -52,8 +48,9 @@ class OneDNNLinear(nn.Linear):
 
 def enable_cpu_kernels(model: nn.Module) -> None:
     """
-    Let the linear layers of a model multiply by oneDNN in inference in float32 on a CPU, see [`OneDNNLinear`]. For the
-    few rows of decoding that is 1.1 to 2.6 times as fast as PyTorch's default on an AMD EPYC; measure elsewhere.
+    Let the linear layers of a model multiply by oneDNN in inference in float32 on a CPU, where PyTorch takes MKL. The
+    two differ by rounding. For the few rows of decoding it is 1.1 to 2.6 times as fast on an AMD EPYC; measure
+    elsewhere. Gradients, other dtypes and devices, autocast and export go PyTorch's way.
 
     Modules stay what they are but for their class: weights, state dict, saving, training, copies and compilation are
     untouched. Layers of another class than `torch.nn.Linear`, such as quantized ones, are left alone; quantize before.

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, of the AR model and of the DiT."""
+"""Classifier-free guidance of the AR model and of the DiT: in training the null class, in sampling its use."""
 
 import math
 
@@ -50,3 +50,11 @@ def guide(predictions: torch.Tensor, scale: float) -> torch.Tensor:
     """Of conditional rows and as many unconditional ones after them, `uncond + scale * (cond - uncond)`."""
     cond, uncond = predictions.chunk(2)
     return uncond + scale * (cond - uncond)
+
+
+def drop_labels(class_labels: torch.Tensor, probability: float, null_label: int) -> torch.Tensor:
+    """Labels for training, of any shape, each replaced with `probability` in [0, 1) by that of the null class."""
+    if probability == 0:
+        return class_labels
+    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return class_labels.masked_fill(dropped, null_label)

@@ -13,20 +13,17 @@ def image_generators(
     as it is. From a single one for several images a seed is drawn for each image first, from the global one if there
     is none.
     """
-    if isinstance(generator, torch.Generator):
-        if num_images == 1:
-            return [generator]
-        seeds = torch.randint(2**63 - 1, (num_images,), generator=generator, device=generator.device)
-    elif generator is None:
-        seeds = torch.randint(2**63 - 1, (num_images,))
-    else:
-        if len(generator) != num_images:
-            raise ValueError(
-                f"`generator` must be one `torch.Generator` or a list of one for each of the {num_images} images, got "
-                f"a list of {len(generator)}."
-            )
-        return list(generator)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    if generator is None or (isinstance(generator, torch.Generator) and num_images != 1):
+        device = None if generator is None else generator.device
+        seeds = torch.randint(2**63 - 1, (num_images,), generator=generator, device=device)
+        return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    if len(generators) != num_images:
+        raise ValueError(
+            f"`generator` must be one `torch.Generator` or a list of one for each of the {num_images} images, got "
+            f"a list of {len(generators)}."
+        )
+    return generators
 
 
 def draw(

@@ -247,7 +247,7 @@ def test_compiled_for_any_number_of_images(make_ar, make_autoencoder, vocab_size
     for count in range(1, 11):
         got = pipeline([0] * count, do_sample=False, output_type="latent").images
         assert torch.equal(got, expected[count - 1])
-    assert pipeline.transformer.decoders[0].cache.keys[0].shape[0] == 10
+    assert pipeline.transformer.decoders[0].memory[0].shape[1] == 10
 
 
 @pytest.mark.parametrize("mode", ["plain", "set up", "compiled"])
@@ -274,7 +274,7 @@ def test_a_cache_that_is_set_up_stays_where_it_is(make_ar):
     model.setup_cache(max_rows=3)
 
     def addresses():
-        return [memory.data_ptr() for decoder in model.decoders for memory in decoder.cache.keys]
+        return [memory.data_ptr() for decoder in model.decoders for memory in decoder.memory]
 
     before = addresses()
     for rows in (2, 3, 1):
@@ -283,7 +283,7 @@ def test_a_cache_that_is_set_up_stays_where_it_is(make_ar):
         model.generate(torch.arange(3), callback=lambda step, indices: (_ for _ in ()).throw(RuntimeError("stop")))
     assert addresses() == before
     assert torch.equal(model.generate(torch.arange(5), do_sample=False), expected[5])
-    assert model.decoders[0].cache.keys[0].shape == (5, 4, 12, 8)
+    assert model.decoders[0].memory[0].shape == (2, 5, 4, 12, 8)
 
 
 def test_a_cache_that_is_set_up_is_no_part_of_the_model(make_ar, tmp_path):
@@ -301,7 +301,7 @@ def test_a_cache_that_is_set_up_is_no_part_of_the_model(make_ar, tmp_path):
         assert not torch.equal(other.generate(class_labels, do_sample=False), expected)
         assert torch.equal(model.generate(class_labels, do_sample=False), expected)
     assert model.double().generate(class_labels, do_sample=False).shape == (2, 12)
-    assert model.decoders[0].cache.keys[0].dtype == torch.float64
+    assert model.decoders[0].memory[0].dtype == torch.float64
 
 
 def test_nothing_of_an_overflow_stays_in_a_cache_that_is_set_up(make_ar):

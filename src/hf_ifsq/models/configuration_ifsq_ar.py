@@ -29,8 +29,8 @@ class IFSQARConfig(PreTrainedConfig):
 
     Args:
         vocab_sizes (`list[int]`, *optional*, defaults to `[289, 289]`):
-            Number of values of each factor of a token, the least significant first. One entry is one head over the
-            whole codebook; the product is the size of the codebook.
+            number of values of each factor of a token, the least significant first; their product is the size of the
+            codebook. One entry is one head over all of it.
         num_classes (`int`, *optional*, defaults to 1000): number of class labels.
         grid_size (`int` or `list[int]`, *optional*, defaults to `[16, 16]`):
             rows and columns of the token grid, or the side of a square.
@@ -52,18 +52,6 @@ class IFSQARConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `False`):
             whether a forward pass without `past_key_values` makes and returns a cache.
         id2label (`dict[int, str]`, *optional*): names of the classes.
-
-    Example:
-
-    ```python
-    >>> from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration
-
-    >>> config = IFSQARConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, grid_size=[4, 4])
-    >>> config.intermediate_size
-    256
-    >>> model = IFSQARForImageGeneration(config)
-
-    ```
     """
 
     model_type = "ifsq_ar"
@@ -97,9 +85,9 @@ class IFSQARConfig(PreTrainedConfig):
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "IFSQARConfig":
         """
-        The config of a named size of LlamaGen (https://arxiv.org/abs/2406.06525, table 1): `"S"`, `"B"`, `"L"`,
-        `"XL"`, `"XXL"` or `"3B"`, with about 21, 85, 308, 731, 1,359 and 2,989 million parameters in the layers;
-        embeddings and heads come on top. Further arguments of the class override those of the size.
+        The config of a named size of LlamaGen (table 1): `"S"`, `"B"`, `"L"`, `"XL"`, `"XXL"` or `"3B"`, with about
+        21, 85, 308, 731, 1,359 and 2,989 million parameters in the layers; embeddings and heads come on top. Further
+        arguments of the class override those of the size.
         """
         if size not in SIZES:
             raise ValueError(f"`size` must be one of {list(SIZES)}, got {size!r}.")

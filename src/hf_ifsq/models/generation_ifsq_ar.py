@@ -1,18 +1,13 @@
 """Sampling from the AR model, one position at a time."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
-from transformers.generation import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..guidance import check_guidance, guidance_scales, guide
 from ..randomness import draw, image_generators
@@ -46,30 +41,23 @@ def processors_of_factors(
     top_p: float | None | Sequence[float | None],
 ) -> list[LogitsProcessorList]:
     """transformers' processors for the logits of each factor of a token; the options are those of `generate`."""
-
-    def for_each_factor(name, value):
-        if not isinstance(value, Sequence):
-            return [value] * num_factors
-        if len(value) != num_factors:
+    options: list[Sequence[Any]] = []
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        options.append(value if isinstance(value, Sequence) else [value] * num_factors)
+        if len(options[-1]) != num_factors:
             raise ValueError(
                 f"`{name}` must be one value or a list with one for each of the {num_factors} factors of a token, got "
-                f"{list(value)}."
+                f"{list(options[-1])}."
             )
-        return value
-
-    temperatures, top_ks, top_ps = (
-        for_each_factor(name, value)
-        for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))
-    )
     factors = []
-    for factor in range(num_factors):
+    for factor_temperature, factor_top_k, factor_top_p in zip(*options):
         processors = LogitsProcessorList()
-        if temperatures[factor] != 1.0:
-            processors.append(TemperatureLogitsWarper(float(temperatures[factor])))
-        if top_ks[factor] is not None:
-            processors.append(TopKLogitsWarper(top_ks[factor]))
-        if top_ps[factor] is not None:
-            processors.append(TopPLogitsWarper(top_ps[factor]))
+        if factor_temperature != 1.0:
+            processors.append(TemperatureLogitsWarper(float(factor_temperature)))
+        if factor_top_k is not None:
+            processors.append(TopKLogitsWarper(factor_top_k))
+        if factor_top_p is not None:
+            processors.append(TopPLogitsWarper(factor_top_p))
         factors.append(processors)
     return factors
 
@@ -88,23 +76,16 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
 
     def setup_cache(self, max_rows: int) -> None:
         """
-        Allocate what `generate` keeps of earlier tokens once, at its full length and at addresses that do not change,
-        and keep it between calls, as compiled decoding needs it. Then compile the decoders:
-
-        ```py
-        model.setup_cache(max_rows=16)
-        for decoder in model.decoders:
-            decoder.compile(fullgraph=True)
-        ```
-
-        Args:
-            max_rows (`int`): rows at a time: images, twice as many with guidance. More set it up again, larger.
+        Allocate once, at addresses that do not change, what `generate` keeps of earlier tokens, as compiled decoding
+        needs it: after this, `compile` each of `decoders`. `max_rows` at a time are images, or twice as many with
+        guidance; more set it up again, larger.
         """
+        device = self.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
         with torch.inference_mode(False):
-            self.decoders = self.decoders or self._new_decoders(self.device)
-            dtype = self._decoding_dtype(self.device)
+            self.decoders = self.decoders or self._new_decoders(device)
             for decoder in self.decoders:
-                decoder.setup(max_rows, self.config.num_attention_heads, dtype, self.device)
+                decoder.setup(max_rows, self.config.num_attention_heads, dtype, device)
 
     @torch.no_grad()
     @apply_forward_hook
@@ -127,8 +108,8 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         Args:
             class_labels (`torch.LongTensor` of shape `(batch,)`): ids in [0, num_classes].
             guidance_scale (`float`, *optional*, defaults to 1.0):
-                classifier-free guidance `uncond + scale * (cond - uncond)` of the logits of each factor, at least
-                1.0; at 1.0 no unconditional row is computed.
+                strength, at least 1.0, of classifier-free guidance `uncond + scale * (cond - uncond)` of the logits
+                of each factor; at 1.0 no unconditional row is computed.
             guidance_schedule (`str`, *optional*, defaults to `"constant"`):
                 `"constant"`, or the scale grows from 1.0 at the first token to `guidance_scale` at the last,
                 `"linear"` or by half a `"cosine"`.
@@ -165,9 +146,10 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
             processors = processors_of_factors(num_factors, temperature, top_k, top_p)
             generators = image_generators(generator, batch)
             uniforms = draw(torch.rand, (num_tokens, num_factors), generators, class_labels.device)
-        kept = self._decoders_for(batch * (2 if guidance_scale > 1 else 1), class_labels.device)
+        if self.decoders:
+            self.setup_cache(batch * (2 if guidance_scale > 1 else 1))
         # Taken away while they are in use: a callback that generates must not find them.
-        self.decoders = ()
+        kept, self.decoders = self.decoders, ()
         try:
             return self._decode(kept, class_labels, scales, processors, uniforms, callback)
         finally:
@@ -234,21 +216,6 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         cos, sin = self.model.rotary_table(device)
         stacks = ((self.model.layers, self.config.num_tokens), (self.factor_layers, len(self.config.vocab_sizes)))
         return tuple(Decoder(layers, (cos[:length], sin[:length])) for layers, length in stacks)
-
-    def _decoding_dtype(self, device: torch.device) -> torch.dtype:
-        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
-
-    def _decoders_for(self, rows: int, device: torch.device) -> tuple[Decoder, ...]:
-        """Those of `setup_cache`, set up again if they do not fit; none without it."""
-        if self.decoders:
-            memory = self.decoders[0].cache.keys[0]
-            if len(memory) < rows or (memory.dtype, memory.device) != (self._decoding_dtype(device), device):
-                self.setup_cache(rows)
-            for decoder in self.decoders:
-                for memory in (*decoder.cache.keys, *decoder.cache.values):
-                    # NaN of an earlier call would spread through the mask.
-                    memory.zero_()
-        return self.decoders
 
     def _check_class_labels(self, class_labels: torch.Tensor) -> None:
         if class_labels.ndim != 1 or class_labels.numel() == 0 or class_labels.is_floating_point():

@@ -1,24 +1,18 @@
 """The transformer layers of the AR model."""
 
 from collections.abc import Iterable
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ifsq_ar import IFSQARConfig
 from .rotary import apply_rotary_2d
-
-
-class KeyValues(Protocol):
-    """What attention asks of a cache, be it one of transformers' or a decoder's."""
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, /) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take in new states, `(batch, heads, positions, head_dim)`, and return all that there are to attend to."""
 
 
 def eager_attention_forward(
@@ -28,15 +22,12 @@ def eager_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain matrix products, behind `attn_implementation="eager"`."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -59,7 +50,7 @@ class IFSQARAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | BlockMask | None,
-        past_key_values: KeyValues | None,
+        past_key_values: "Cache | Decoder | None",
     ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` to the same."""
         batch, sequence, _ = hidden_states.shape
@@ -106,12 +97,11 @@ class IFSQARDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | BlockMask | None = None,
-        past_key_values: KeyValues | None = None,
+        past_key_values: "Cache | Decoder | None" = None,
     ) -> torch.Tensor:
         """`(batch, sequence, hidden_size)` to the same."""
-        attn_output = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
-        )
+        normed = self.input_layernorm(hidden_states)
+        attn_output = self.self_attn(normed, position_embeddings, attention_mask, past_key_values)
         hidden_states = hidden_states + self.dropout(attn_output)
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
@@ -121,69 +111,23 @@ def run_layers(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | BlockMask | None = None,
-    past_key_values: KeyValues | None = None,
+    past_key_values: "Cache | Decoder | None" = None,
     outputs: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`(batch, sequence, hidden_size)` through layers one after another; `outputs` takes in the output of each."""
     for layer in layers:
-        hidden_states = layer(
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
+        hidden_states = layer(hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values)
         if outputs is not None:
             outputs.append(hidden_states)
     return hidden_states
 
 
-class KeyValueCache:
-    """
-    Keys and values of layers that run one position of a sequence at a time, in memory that is allocated once, as in
-    gpt-fast (https://github.com/pytorch-labs/gpt-fast).
-
-    Args:
-        length (`int`): positions that it holds.
-        device (`torch.device`): of `position`; the memory of a layer is on the layer's own.
-    """
-
-    def __init__(self, length: int, device: torch.device):
-        self.length = length
-        # Of each layer, `(rows, heads, length, head_dim)`.
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-        # Where is written: as a tensor, which compiled layers read, or else after `written` positions.
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.written: int | None = None
-
-    def allocate(self, like: torch.Tensor) -> None:
-        """The memory of the next layer, for keys of `(rows, heads, 1, head_dim)`, its dtype and its device."""
-        rows, num_heads, _, head_dim = like.shape
-        self.keys.append(like.new_zeros(rows, num_heads, self.length, head_dim))
-        self.values.append(torch.zeros_like(self.keys[-1]))
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `(rows, heads, 1, head_dim)`, of the first rows or of all, and return what attention reads."""
-        if layer_idx == len(self.keys):
-            self.allocate(key)
-        keys, values = self.keys[layer_idx][: len(key)], self.values[layer_idx][: len(key)]
-        if self.written is None:
-            position = self.position.to(key.device)
-            return keys.index_copy_(2, position, key), values.index_copy_(2, position, value)
-        here = slice(self.written, self.written + 1)
-        keys[:, :, here], values[:, :, here] = key, value
-        return keys[:, :, : here.stop], values[:, :, : here.stop]
-
-
 class Decoder(nn.Module):
     """
-    Layers that run one position of a sequence at a time. As it is made, attention reads what was written so far alone.
-    After `setup` it reads the whole cache behind a mask, and neither shapes nor addresses change: what compilers and
-    CUDA graphs need.
-
-    Args:
-        layers (`torch.nn.ModuleList`): decoder layers, which stay the model's own.
-        rotary (`tuple[torch.Tensor, torch.Tensor]`): cosines and sines of each position, `(length, head_dim)`.
+    Layers that run one position of a sequence at a time, with keys and values of all positions in memory that is
+    allocated once, as in gpt-fast (https://github.com/pytorch-labs/gpt-fast). As it is made, attention reads what was
+    written so far alone. After `setup` it reads the whole memory behind a mask, and neither shapes nor addresses
+    change: what compilers and CUDA graphs need. `rotary` are cosines and sines of each position, `(length, head_dim)`.
     """
 
     def __init__(self, layers: nn.ModuleList, rotary: tuple[torch.Tensor, torch.Tensor]):
@@ -191,38 +135,54 @@ class Decoder(nn.Module):
         # Neither weights nor buffers are registered: a decoder has none of its own.
         self.layers = tuple(layers)
         self.cos, self.sin = rotary
-        self.cache = KeyValueCache(len(self.cos), self.cos.device)
+        # Where is written, and how many positions are read.
+        self.position = torch.zeros(1, dtype=torch.long, device=self.cos.device)
+        self.readable = len(self.cos)
+        # Keys and values of each layer, `(2, rows, heads, length, head_dim)`.
+        self.memory: list[torch.Tensor] = []
         self.mask: torch.Tensor | None = None
+        self.max_rows = 0
 
     def setup(self, rows: int, num_heads: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the cache for `rows` rows at most, each layer's on its device."""
-        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        """Have cleared memory for `rows` rows at least, each layer's on its device; what fits stays where it is."""
+        if self.mask is not None and self.max_rows >= rows and (self.mask.dtype, self.mask.device) == (dtype, device):
+            for memory in self.memory:
+                # NaN of an earlier sequence would spread through the mask.
+                memory.zero_()
+            return
         length, head_dim = self.cos.shape
-        self.cache = KeyValueCache(length, device)
-        for layer in self.layers:
-            layer_device = next(layer.parameters()).device
-            self.cache.allocate(torch.empty(rows, num_heads, 1, head_dim, dtype=dtype, device=layer_device))
-        for tensor in (self.cache.position, *self.cache.keys, *self.cache.values):
-            # CUDA graphs would not be recorded otherwise, since they change it.
-            torch._dynamo.mark_static_address(tensor)
+        shape = (2, rows, num_heads, length, head_dim)
+        devices = [next(layer.parameters()).device for layer in self.layers]
+        self.max_rows, self.readable = rows, length
+        self.memory = [torch.zeros(shape, dtype=dtype, device=layer_device) for layer_device in devices]
+        self.position, self.cos, self.sin = (old.to(device) for old in (self.position, self.cos, self.sin))
         self.mask = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu(1)[None, None]
+        for tensor in (self.position, self.cos, self.sin, self.mask, *self.memory):
+            # CUDA graphs would copy it, and not be recorded at all if they change it.
+            torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `(rows, heads, 1, head_dim)`, of the first rows or of all, and return what attention reads."""
+        if layer_idx == len(self.memory):
+            rows, num_heads, _, head_dim = key.shape
+            self.memory.append(key.new_zeros(2, rows, num_heads, len(self.cos), head_dim))
+        keys, values = self.memory[layer_idx][:, : len(key)]
+        if self.mask is not None:
+            position = self.position.to(key.device)
+            return keys.index_copy_(2, position, key), values.index_copy_(2, position, value)
+        here = slice(self.readable - 1, self.readable)
+        keys[:, :, here], values[:, :, here] = key, value
+        return keys[:, :, : self.readable], values[:, :, : self.readable]
 
     def step(self, hidden_states: torch.Tensor, position: int) -> torch.Tensor:
         """Run `(rows, 1, hidden_size)` at a position through the layers, after all positions before it."""
-        here = slice(position, position + 1)
+        self.position.fill_(position)
         if self.mask is None:
-            self.cache.written = position
-        else:
-            self.cache.position.fill_(position)
-        mask = None if self.mask is None else self.mask[:, :, here]
-        return self(hidden_states, (self.cos[here], self.sin[here]), mask, self.cache)
+            self.readable = position + 1
+        return self(hidden_states)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        cache: KeyValueCache,
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What `compile` compiles: `(rows, 1, hidden_size)` to the same."""
-        return run_layers(self.layers, hidden_states, position_embeddings, attention_mask, cache)
+        rotary = (self.cos[self.position], self.sin[self.position])
+        mask = None if self.mask is None else self.mask[:, :, self.position]
+        return run_layers(self.layers, hidden_states, rotary, mask, self)

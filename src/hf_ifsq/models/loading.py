@@ -36,21 +36,14 @@ def check_loading_info(
     model: nn.Module, loading_info: Mapping[str, Any], ignore_mismatched_sizes: bool = False
 ) -> None:
     """
-    Raise a `ValueError` with the first names of each misfit if a checkpoint and its model have not the same weights.
-
-    Args:
-        model (`torch.nn.Module`): the loaded model.
-        loading_info (`dict`): what `from_pretrained` gives by `output_loading_info=True`.
-        ignore_mismatched_sizes (`bool`, *optional*, defaults to `False`): whether to let other shapes through.
+    Raise a `ValueError` with the first names of each misfit if a checkpoint and its loaded model have not the same
+    weights, by what `from_pretrained` gives with `output_loading_info=True`.
     """
     kinds = ["missing_keys", "unexpected_keys"] + ([] if ignore_mismatched_sizes else ["mismatched_keys"])
-    problems = [
-        f"{len(loading_info[kind])} {kind}: {sorted(map(str, loading_info[kind]))[:3]}"
-        for kind in kinds
-        if loading_info[kind]
-    ]
+    misfits = {kind: sorted(map(str, loading_info[kind])) for kind in kinds}
     if not getattr(model, "hf_device_map", None):
         empty = [name for name, weight in model.named_parameters() if weight.is_meta]
-        problems += [f"{len(empty)} weights that no file holds: {empty[:3]}"] if empty else []
+        misfits["weights that no file holds"] = empty
+    problems = [f"{len(names)} {kind}: {names[:3]}" for kind, names in misfits.items() if names]
     if problems:
         raise ValueError(f"The checkpoint does not fit {type(model).__name__} with its config. {'; '.join(problems)}.")

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, initialization
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ..guidance import drop_labels
 from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin
 from .grid import as_grid
@@ -36,9 +35,8 @@ class IFSQAROutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`, *optional*, returned with `labels`):
             mean cross-entropy in nats, summed over the factors.
         logits (`torch.Tensor` of shape `(batch, sequence, sum(vocab_sizes))`, *optional*):
-            scores of the next token before the softmax, those of its factors next to each other:
-            `logits.split(config.vocab_sizes, dim=-1)`. `None` in training mode with `labels`, where the loss is
-            computed without ever holding all of them.
+            scores of the factors of each token before the softmax: `logits.split(config.vocab_sizes, dim=-1)`. `None`
+            in training mode with `labels`, where the loss is computed without ever holding all of them.
         factor_losses (`tuple[torch.Tensor]`, *optional*, returned with `labels`): the terms of the loss.
         past_key_values ([`~transformers.Cache`], *optional*): keys and values seen so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
@@ -55,13 +53,9 @@ class IFSQAROutput(ModelOutput):
 
 def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    Mean cross-entropy of a linear head in nats, a float32 scalar. The scores, which over a codebook of 83,521 would be
-    the largest tensors of a training step by far, are computed some rows at a time, and once more for the gradients.
-
-    Args:
-        head (`torch.nn.Linear`): from `hidden_size` to `vocab_size`.
-        hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`): what the head reads.
-        targets (`torch.Tensor` of shape `(rows,)`): ids in [0, vocab_size), or -100 for rows that do not count.
+    Mean cross-entropy in nats, a float32 scalar, of a linear head that reads `(rows, hidden_size)`, for targets
+    `(rows,)` in [0, vocab_size), or -100 for rows that do not count. The scores, over a codebook of 83,521 the largest
+    tensors of a training step by far, are computed some rows at a time, and once more for the gradients.
     """
     device_type = hidden_states.device.type
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
@@ -118,9 +112,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
         self.embed_classes = nn.Embedding(num_rows, config.hidden_size)
         self.embed_tokens = nn.ModuleList([nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
-            [IFSQARDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList(IFSQARDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.ModuleList:
@@ -134,9 +126,8 @@ class IFSQARModel(IFSQARPreTrainedModel):
         lost in `from_pretrained` and nothing rounded when the model is cast.
         """
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        table = rotary_table_2d(as_grid(self.config.grid_size), head_dim, self.config.rope_theta, device)
-        cos, sin = (F.pad(part, (0, 0, 1, 0)) for part in table)
-        return cos, sin
+        cos, sin = rotary_table_2d(as_grid(self.config.grid_size), head_dim, self.config.rope_theta, device)
+        return F.pad(cos, (0, 0, 1, 0)), F.pad(sin, (0, 0, 1, 0))
 
     def split_indices(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Split whole indices into their factors, mixed radix, the least significant first."""
@@ -163,17 +154,9 @@ class IFSQARModel(IFSQARPreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """
-        Args:
-            class_labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
-                ids in [0, num_classes], put before the tokens; `num_classes` is the null class. In training a share
-                of `class_dropout_prob` of them is replaced by it.
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): whole token ids.
-            past_key_values, use_cache, output_hidden_states: as in [`IFSQARForImageGeneration`].
-
-        Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPast`]: `last_hidden_state` of shape
-            `(batch, positions, hidden_size)`, one position for the class, if given, and one for each token.
-        """  # noqa: D205
+        Run the class, whole token ids or both, as `embed` takes them, through the layers; the other arguments are
+        those of [`IFSQARForImageGeneration`]. `last_hidden_state` has shape `(batch, positions, hidden_size)`.
+        """
         hidden_states = self.dropout(self.embed(class_labels, input_ids))
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
@@ -181,25 +164,24 @@ class IFSQARModel(IFSQARPreTrainedModel):
         position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen
         cos, sin = self.rotary_table(hidden_states.device)
         causal_mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=past_key_values
+            self.config, hidden_states, attention_mask=None, past_key_values=past_key_values
         )
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [hidden_states] if wants_states else None
         rotary = (cos[position_ids], sin[position_ids])
         hidden_states = run_layers(self.layers, hidden_states, rotary, causal_mask, past_key_values, states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
-            hidden_states=None if states is None else tuple(states),
-        )
+        return BaseModelOutputWithPast(hidden_states, past_key_values, None if states is None else tuple(states))
 
     def embed(self, class_labels: torch.Tensor | None = None, input_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeddings of the class, of tokens or of both, `(batch, positions, hidden_size)`; as in `forward`."""
+        """
+        Embeddings, `(batch, positions, hidden_size)`, of class labels `(batch,)` in [0, num_classes], the last being
+        the null class, before those of whole token ids `(batch, sequence)`. In training a share of
+        `class_dropout_prob` of the labels is replaced by the null class.
+        """
         embeddings = []
         if class_labels is not None:
-            if self.training and self.config.class_dropout_prob > 0:
-                dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout_prob
-                class_labels = class_labels.masked_fill(dropped, self.config.num_classes)
+            if self.training:
+                class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
             embeddings.append(self.embed_classes(class_labels)[:, None])
         if input_ids is not None:
             factors = self.split_indices(input_ids)
@@ -220,9 +202,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
     >>> import torch
     >>> from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration
 
-    >>> config = IFSQARConfig(
-    ...     vocab_sizes=[9, 9], grid_size=[2, 2], hidden_size=16, num_hidden_layers=2, num_attention_heads=2
-    ... )
+    >>> config = IFSQARConfig(vocab_sizes=[9, 9], grid_size=[2, 2], hidden_size=16, num_attention_heads=2)
     >>> model = IFSQARForImageGeneration(config).eval()
     >>> indices = model.generate(torch.tensor([3, 7]), generator=torch.Generator().manual_seed(0))
     >>> indices.shape
@@ -236,9 +216,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         super().__init__(config)
         self.model = IFSQARModel(config)
         num_factor_layers = config.num_factor_layers if len(config.vocab_sizes) > 1 else 0
-        self.factor_layers = nn.ModuleList(
-            [IFSQARDecoderLayer(config, layer_idx) for layer_idx in range(num_factor_layers)]
-        )
+        self.factor_layers = nn.ModuleList(IFSQARDecoderLayer(config, i) for i in range(num_factor_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_heads = nn.ModuleList([nn.Linear(config.hidden_size, size, bias=False) for size in config.vocab_sizes])
         self.post_init()
@@ -273,12 +251,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         """
         input_ids = self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
         outputs = self.model(
-            class_labels,
-            input_ids[:, :-1],
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+            class_labels, input_ids[:, :-1], past_key_values, use_cache, output_hidden_states, return_dict=True
         )
         first_predicted = 0 if class_labels is not None else 1
         factors = self.model.split_indices(input_ids[:, first_predicted:])
@@ -290,13 +263,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         if labels is not None:
             factor_losses = self._losses_of_factors(states, scores, labels[:, first_predicted:])
             loss = torch.stack(factor_losses).sum()
-        return IFSQAROutput(
-            loss=loss,
-            logits=logits,
-            factor_losses=factor_losses,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-        )
+        return IFSQAROutput(loss, logits, factor_losses, outputs.past_key_values, outputs.hidden_states)
 
     def _states_of_factors(self, hidden_states: torch.Tensor, factors: list[torch.Tensor]) -> list[torch.Tensor]:
         """What each head reads, `(batch, sequence, hidden_size)`, given the true values of the factors before it."""
@@ -305,9 +272,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         # Each token is a short sequence of its own: the hidden state, then the embeddings of all factors but the last.
         embeddings = [embed(factor) for embed, factor in zip(self.model.embed_tokens[:-1], factors[:-1], strict=True)]
         sequence = torch.stack([hidden_states, *embeddings], dim=2).flatten(0, 1)
-        causal_mask = create_causal_mask(
-            config=self.config, inputs_embeds=sequence, attention_mask=None, past_key_values=None
-        )
+        causal_mask = create_causal_mask(self.config, sequence, attention_mask=None, past_key_values=None)
         # As in iFSQ's generator, factors take the first rows of the grid's table, the class's row of zeros included.
         cos, sin = (part[: len(factors)] for part in self.model.rotary_table(sequence.device))
         sequence = run_layers(self.factor_layers, sequence, (cos, sin), causal_mask)
@@ -316,21 +281,17 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
     def _losses_of_factors(
         self, states: list[torch.Tensor], scores: list[torch.Tensor] | None, labels: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
+        """The cross-entropies of the heads, of scores where there are any, otherwise of what the heads read."""
         ignored = labels == -100
-        targets = [
-            factor.masked_fill(ignored, -100).flatten()
-            for factor in self.model.split_indices(labels.masked_fill(ignored, 0))
-        ]
-        if scores is None:
-            inputs = zip(self.lm_heads, states, targets, strict=True)
-            return tuple(
-                linear_cross_entropy(cast(nn.Linear, head), state.flatten(0, 1), target)
-                for head, state, target in inputs
-            )
-        return tuple(
-            F.cross_entropy(factor.flatten(0, 1).float(), target)
-            for factor, target in zip(scores, targets, strict=True)
-        )
+        losses = []
+        for factor, target in enumerate(self.model.split_indices(labels.masked_fill(ignored, 0))):
+            target = target.masked_fill(ignored, -100).flatten()
+            if scores is None:
+                head = cast(nn.Linear, self.lm_heads[factor])
+                losses.append(linear_cross_entropy(head, states[factor].flatten(0, 1), target))
+            else:
+                losses.append(F.cross_entropy(scores[factor].flatten(0, 1).float(), target))
+        return tuple(losses)
 
     def _check_forward_inputs(
         self,
@@ -340,9 +301,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         """What can be said without reading a value, which would make the host wait for the device."""
+        labelled, longest = class_labels is not None, self.config.num_tokens
         # Without the class the first token is read, and it takes a second one to predict anything.
-        shortest = 1 if class_labels is not None else 2
-        longest = self.config.num_tokens
+        shortest = 1 if labelled else 2
         if input_ids is None or input_ids.ndim != 2 or not shortest <= input_ids.shape[1] <= longest:
             got = "None" if input_ids is None else tuple(input_ids.shape)
             raise ValueError(f"`input_ids` must have shape (batch, {shortest} to {longest}), got {got}.")
@@ -357,14 +318,13 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         # A `StaticCache` counts its positions on the device.
-        if isinstance(seen, int):
-            if class_labels is not None and seen > 0:
-                raise ValueError("`class_labels` must be left out: `past_key_values` holds the class already.")
-            if seen + (class_labels is not None) + input_ids.shape[1] - 1 > longest:
-                raise ValueError(
-                    f"`input_ids` has {input_ids.shape[1]} tokens, but after the {seen} positions of "
-                    f"`past_key_values` there is no room for them in a sequence of {longest}."
-                )
+        if isinstance(seen, int) and labelled and seen > 0:
+            raise ValueError("`class_labels` must be left out: `past_key_values` holds the class already.")
+        if isinstance(seen, int) and seen + labelled + input_ids.shape[1] - 1 > longest:
+            raise ValueError(
+                f"`input_ids` has {input_ids.shape[1]} tokens, but after the {seen} positions of `past_key_values` "
+                f"there is no room for them in a sequence of {longest}."
+            )
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."

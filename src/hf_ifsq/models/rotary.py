@@ -7,13 +7,11 @@ def rotary_table_2d(
     grid_size: tuple[int, int], head_dim: int, theta: float = 10000.0, device: torch.device | str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cosines and sines that turn a head's channels by their position in the grid, as in LlamaGen
-    (https://arxiv.org/abs/2406.06525). Pairs are neighbouring channels; the first half of the pairs turns with the
-    row, the second half with the column, pair i of a half by `position * theta ** (-4 * i / head_dim)`.
-
-    For `rows * columns` cells in raster order and heads of `head_dim` channels, a multiple of 4: two float32 tensors
-    of shape `(rows * columns, head_dim)`, the value of a pair repeated for both of its channels.
-    """  # noqa: D205
+    Cosines and sines, float32 of shape `(rows * columns, head_dim)` each, that turn a head's channels by their place
+    in the grid, as in LlamaGen (https://arxiv.org/abs/2406.06525). Cells are in raster order, pairs are neighbouring
+    channels; the first half of the pairs turns with the row, the second half with the column, pair i of a half by
+    `position * theta ** (-4 * i / head_dim)`.
+    """
     if head_dim % 4:
         raise ValueError(f"2D rotary positions need a head dimension that is a multiple of 4, got {head_dim}.")
     rows, columns = grid_size
@@ -21,14 +19,8 @@ def rotary_table_2d(
     frequencies = 1.0 / theta**exponents
     row_angles = torch.outer(torch.arange(rows, device=device, dtype=torch.float32), frequencies)
     column_angles = torch.outer(torch.arange(columns, device=device, dtype=torch.float32), frequencies)
-    angles = torch.cat(
-        [
-            row_angles[:, None].expand(rows, columns, -1),
-            column_angles[None].expand(rows, columns, -1),
-        ],
-        dim=-1,
-    )
-    angles = angles.reshape(rows * columns, head_dim // 2).repeat_interleave(2, dim=-1)
+    angles = torch.cat([row_angles.repeat_interleave(columns, dim=0), column_angles.repeat(rows, 1)], dim=-1)
+    angles = angles.repeat_interleave(2, dim=-1)
     return angles.cos(), angles.sin()
 
 

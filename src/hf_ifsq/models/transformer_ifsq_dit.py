@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.nn import functional as F
 
+from ..guidance import drop_labels
 from .grid import as_grid
 from .loading import StrictLoadingMixin
 from .rotary import apply_rotary_2d, rotary_table_2d
@@ -36,12 +37,17 @@ class IFSQDiTOutput(BaseOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def _norm(norm_type: str | None, size: int, eps: float = 1e-6, layer_norm_weights: bool = False) -> nn.Module:
-    if norm_type is None:
-        return nn.Identity()
+def _norm(norm_type: str, size: int) -> nn.Module:
     if norm_type == "rms_norm":
-        return nn.RMSNorm(size, eps=eps)
-    return nn.LayerNorm(size, eps=eps, elementwise_affine=layer_norm_weights)
+        return nn.RMSNorm(size, eps=1e-6)
+    return nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+
+
+def _qk_norm(norm_type: str | None, size: int) -> nn.Module:
+    if norm_type == "layer_norm":
+        # The official code gives it weights and PyTorch's default epsilon.
+        return nn.LayerNorm(size)
+    return nn.RMSNorm(size, eps=1e-6) if norm_type == "rms_norm" else nn.Identity()
 
 
 def _modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -54,12 +60,9 @@ class IFSQDiTAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: str | None):
         super().__init__()
         self.num_heads = num_heads
-        head_dim = hidden_size // num_heads
         self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        # The official code gives the layer norm of queries and keys weights and PyTorch's default epsilon.
-        eps = 1e-6 if qk_norm == "rms_norm" else 1e-5
-        self.norm_q = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
-        self.norm_k = _norm(qk_norm, head_dim, eps, layer_norm_weights=True)
+        self.norm_q = _qk_norm(qk_norm, hidden_size // num_heads)
+        self.norm_k = _qk_norm(qk_norm, hidden_size // num_heads)
         self.to_out = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -77,18 +80,15 @@ class IFSQDiTFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, inner_size: int, activation_fn: str):
         super().__init__()
-        self.activation_fn = activation_fn
-        if activation_fn == "swiglu":
-            inner_size = 2 * inner_size // 3
-            self.proj_in = nn.Linear(hidden_size, 2 * inner_size)
-        else:
-            self.proj_in = nn.Linear(hidden_size, inner_size)
+        self.gated = activation_fn == "swiglu"
+        inner_size = 2 * inner_size // 3 if self.gated else inner_size
+        self.proj_in = nn.Linear(hidden_size, 2 * inner_size if self.gated else inner_size)
         self.proj_out = nn.Linear(inner_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, patches, hidden_size)` to the same."""
         hidden_states = self.proj_in(hidden_states)
-        if self.activation_fn == "swiglu":
+        if self.gated:
             gate, hidden_states = hidden_states.chunk(2, dim=-1)
             return self.proj_out(F.silu(gate) * hidden_states)
         return self.proj_out(F.gelu(hidden_states, approximate="tanh"))
@@ -159,8 +159,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
     >>> from hf_ifsq import IFSQDiTTransformer2DModel
 
     >>> model = IFSQDiTTransformer2DModel(sample_size=4, num_layers=2, num_attention_heads=2, attention_head_dim=16)
-    >>> latents = torch.randn(2, 4, 4, 4)
-    >>> model(latents, timestep=torch.tensor([0.1, 0.9]), class_labels=torch.tensor([3, 7])).sample.shape
+    >>> model(torch.randn(2, 4, 4, 4), timestep=torch.rand(2), class_labels=torch.tensor([3, 7])).sample.shape
     torch.Size([2, 4, 4, 4])
 
     ```
@@ -199,11 +198,6 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         for name in ("sample_size", "levels"):
             if isinstance(self.config[name], tuple):
                 self.register_to_config(**{name: list(self.config[name])})
-        self.in_channels = in_channels
-        self.patch_size = patch_size
-        self.head_dim = attention_head_dim
-        self.num_classes = num_classes
-        self.class_dropout_prob = class_dropout_prob
         hidden_size = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
@@ -252,7 +246,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             [`IFSQDiTOutput`] or `tuple`.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
-        patch_size = self.patch_size
+        patch_size = self.config["patch_size"]
         grid = (hidden_states.shape[2] // patch_size, hidden_states.shape[3] // patch_size)
         device = hidden_states.device
 
@@ -260,9 +254,11 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         # In the dtype of the weights, not of the convolution's output: under autocast the residual stream is float32.
         dtype = self.patch_embed.weight.dtype
         hidden_states = hidden_states + self._fixed_positions(grid, device).to(dtype)
-        rotary = rotary_table_2d(grid, self.head_dim, device=device)
+        rotary = rotary_table_2d(grid, self.config["attention_head_dim"], device=device)
         time = self.time_embed(self.time_features(timestep).to(dtype))
-        condition = time + self.class_embed(self._drop_labels(class_labels))
+        if self.training:
+            class_labels = drop_labels(class_labels, self.config["class_dropout_prob"], self.config["num_classes"])
+        condition = time + self.class_embed(class_labels)
 
         collected = [hidden_states] if output_hidden_states else []
         for block in self.blocks:
@@ -278,20 +274,13 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         # (batch, rows * columns, p * p * channels) to (batch, channels, rows * p, columns * p)
         patches = patches.unflatten(1, grid).unflatten(-1, (patch_size, patch_size, -1))
         sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-        if not return_dict:
-            return (sample, tuple(collected)) if output_hidden_states else (sample,)
-        return IFSQDiTOutput(sample=sample, hidden_states=tuple(collected) if output_hidden_states else None)
+        output = IFSQDiTOutput(sample=sample, hidden_states=tuple(collected) if output_hidden_states else None)
+        return output if return_dict else output.to_tuple()
 
     def _fixed_positions(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Sine-cosine positions, `(rows * columns, hidden_size)`: the first half of the channels is the column."""
         rows, columns = torch.meshgrid(*[torch.arange(size, device=device) for size in grid], indexing="ij")
         return get_2d_sincos_pos_embed_from_grid(self.class_embed.embedding_dim, torch.stack([columns, rows])).float()
-
-    def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.class_dropout_prob == 0:
-            return class_labels
-        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
-        return class_labels.masked_fill(dropped, self.num_classes)
 
     def _init_weights(self) -> None:
         """As in DiT: Xavier weights, small embeddings, and zeros where a block or the model begins as the identity."""
@@ -306,7 +295,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             nn.init.zeros_(layer.get_parameter("weight"))
 
     def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
-        channels, patch_size = self.in_channels, self.patch_size
+        channels, patch_size = self.config["in_channels"], self.config["patch_size"]
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % patch_size or shape[3] % patch_size:
             raise ValueError(
@@ -330,14 +319,13 @@ def _check_config(config: Mapping[str, Any]) -> None:
     for name, allowed in choices.items():
         if config[name] not in allowed:
             raise ValueError(f"`{name}` must be one of {allowed}, got {config[name]!r}.")
-    if config["attention_head_dim"] % 4:
+    size, patch_size, head_dim = (config[name] for name in ("sample_size", "patch_size", "attention_head_dim"))
+    if head_dim % 4:
         raise ValueError(
-            f"`attention_head_dim` must be a multiple of 4, for rotary positions in two dimensions, got "
-            f"{config['attention_head_dim']}."
+            f"`attention_head_dim` must be a multiple of 4, for rotary positions in two dimensions, got {head_dim}."
         )
-    size = config["sample_size"]
-    if any(side % config["patch_size"] for side in as_grid(size)):
-        raise ValueError(f"`sample_size` must be a multiple of `patch_size` {config['patch_size']}, got {size}.")
+    if any(side % patch_size for side in as_grid(size)):
+        raise ValueError(f"`sample_size` must be a multiple of `patch_size` {patch_size}, got {size}.")
     if not 0 <= config["class_dropout_prob"] < 1:
         raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {config['class_dropout_prob']}.")
     id2label, num_classes = config["id2label"], config["num_classes"]
@@ -345,8 +333,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
     if id2label is not None and set(id2label) != set(range(num_classes)):
         raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {sorted(id2label)}.")
-    levels = config["levels"]
-    if levels is not None and len(levels) != config["in_channels"]:
-        raise ValueError(
-            f"`levels` must be one for each of the {config['in_channels']} `in_channels`, got {list(levels)}."
-        )
+    levels, channels = config["levels"], config["in_channels"]
+    if levels is not None and len(levels) != channels:
+        raise ValueError(f"`levels` must be one for each of the {channels} `in_channels`, got {list(levels)}.")

@@ -26,11 +26,8 @@ class IFSQARPipeline(ClassConditionalPipeline):
     Example:
 
     ```py
-    >>> import torch
-    >>> from hf_ifsq import IFSQARPipeline
-
     >>> pipe = IFSQARPipeline.from_pretrained("outputs/demo/ar")
-    >>> pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images[0]
+    >>> images = pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images
     ```
     """
 
@@ -38,15 +35,15 @@ class IFSQARPipeline(ClassConditionalPipeline):
         super().__init__(transformer=transformer, tokenizer=tokenizer)
 
     def _check_match(self) -> None:
-        transformer, tokenizer = self.transformer, self._image_tokenizer
-        if transformer.config.codebook_size != tokenizer.require_codebook():
+        config, tokenizer = self.transformer.config, self._image_tokenizer
+        if config.codebook_size != tokenizer.require_codebook():
+            levels = f" (`levels` {tokenizer.levels})" if tokenizer.levels else ""
             raise ValueError(
-                f"`transformer` predicts {transformer.config.codebook_size} tokens (`vocab_sizes` "
-                f"{transformer.config.vocab_sizes}), but `tokenizer` has a codebook of {tokenizer.codebook_size}"
-                f"{f' (`levels` {tokenizer.levels})' if tokenizer.levels else ''}: use the tokenizer that the "
+                f"`transformer` predicts {config.codebook_size} tokens (`vocab_sizes` {config.vocab_sizes}), but "
+                f"`tokenizer` has a codebook of {tokenizer.codebook_size}{levels}: use the tokenizer that the "
                 "generator was trained with."
             )
-        grid_size = as_grid(transformer.config.grid_size)
+        grid_size = as_grid(config.grid_size)
         if grid_size != tokenizer.grid_size:
             raise ValueError(
                 f"`transformer` has a `grid_size` of {list(grid_size)} tokens, but `tokenizer` "
@@ -56,11 +53,9 @@ class IFSQARPipeline(ClassConditionalPipeline):
 
     def compile(self, **kwargs: Any) -> None:
         """
-        Compile decoding by [`torch.compile`]: the first calls take their time, later ones are faster, on GPUs most of
-        all. What decoding keeps of earlier tokens stays in memory from then on, see
-        [`~IFSQARForImageGeneration.setup_cache`].
-        `kwargs` are arguments of `torch.compile` beside `fullgraph=True`; on a GPU, `mode="reduce-overhead"` records
-        CUDA graphs.
+        Compile decoding by [`torch.compile`], with `fullgraph=True` and `kwargs`, such as `mode="reduce-overhead"` for
+        CUDA graphs. The first calls take their time, and the cache of [`~IFSQARForImageGeneration.setup_cache`] stays
+        in memory from then on.
         """
         # The first call makes it as large as it needs.
         self.transformer.setup_cache(max_rows=1)
@@ -102,32 +97,28 @@ class IFSQARPipeline(ClassConditionalPipeline):
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
             callback_on_step_end (`Callable`, *optional*):
                 called after each token with the pipeline, the step, the step again (where diffusion pipelines give
-                the timestep), and a dictionary with `"indices"`, the ids `(batch, num_tokens)`, zero where they are
-                still to come. It returns such a dictionary; changed ids are taken over. With a `batch_size` the ids
-                are those of the images generated at the time.
+                the timestep), and a dictionary with `"indices"`, the ids `(batch, num_tokens)` of the images generated
+                at the time, zero where they are still to come. It returns such a dictionary; changes are taken over.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
         """
         # 1. Check and prepare the inputs.
-        self._check_common_inputs(output_type)
-        labels = self._prepare_labels(class_labels, num_images_per_label)
-        batches = self._split(len(labels), batch_size)
+        labels, batches = self._prepare(class_labels, num_images_per_label, batch_size, output_type)
         generators = image_generators(generator, len(labels)) if do_sample else None
-        grid_size = as_grid(self.transformer.config.grid_size)
+        config = self.transformer.config
 
         # 2. Generate the tokens and decode them.
         outputs = []
-        num_tokens, codebook_size = self.transformer.config.num_tokens, self.transformer.config.codebook_size
-        with self.progress_bar(total=num_tokens * len(batches)) as progress_bar:
+        with self.progress_bar(total=config.num_tokens * len(batches)) as progress_bar:
 
             def on_step_end(num_generated: int, indices: torch.Tensor) -> None:
                 if callback_on_step_end is not None:
                     step = num_generated - 1
                     changed = self._call_back(callback_on_step_end, step, step, "indices", indices)
-                    if changed.min() < 0 or changed.max() >= codebook_size:
+                    if changed.min() < 0 or changed.max() >= config.codebook_size:
                         raise ValueError(
-                            f"`callback_on_step_end` must return `indices` in [0, {codebook_size}), "
+                            f"`callback_on_step_end` must return `indices` in [0, {config.codebook_size}), "
                             f"but they span [{changed.min().item()}, {changed.max().item()}]."
                         )
                     indices.copy_(changed)
@@ -145,7 +136,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
                     do_sample=do_sample,
                     generator=None if generators is None else generators[batch],
                     callback=on_step_end,
-                ).unflatten(1, grid_size)
+                ).unflatten(1, as_grid(config.grid_size))
                 outputs.append(indices if output_type == "latent" else self._image_tokenizer.decode_indices(indices))
 
         # 3. Make pictures.

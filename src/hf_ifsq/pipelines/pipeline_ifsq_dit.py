@@ -42,18 +42,14 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             a scheduler for flow matching: [`~diffusers.FlowMatchEulerDiscreteScheduler`] or
             [`~diffusers.FlowMatchHeunDiscreteScheduler`], or with `use_flow_sigmas=True` and
             `prediction_type="flow_prediction"` a [`~diffusers.DPMSolverMultistepScheduler`] or
-            [`~diffusers.UniPCMultistepScheduler`]. Its `shift`, which the last two call `flow_shift`, takes even steps
-            in sigma = 1 - t to `shift * sigma / (1 + (shift - 1) * sigma)`. In t that is the same with `1 / shift`:
-            above 1 there are more steps near the noise.
+            [`~diffusers.UniPCMultistepScheduler`]. Its `shift` (`flow_shift` of the last two) takes even steps in
+            sigma = 1 - t to `shift * sigma / (1 + (shift - 1) * sigma)`: above 1, more of them are near the noise.
 
     Example:
 
     ```py
-    >>> import torch
-    >>> from hf_ifsq import IFSQDiTPipeline
-
     >>> pipe = IFSQDiTPipeline.from_pretrained("outputs/demo/dit")
-    >>> pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images[0]
+    >>> images = pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images
     ```
     """
 
@@ -66,21 +62,21 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         super().__init__(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler)
 
     def _check_match(self) -> None:
-        transformer, tokenizer = self.transformer, self._image_tokenizer
-        if transformer.config.in_channels != tokenizer.latent_channels:
+        config, tokenizer = self.transformer.config, self._image_tokenizer
+        if config.in_channels != tokenizer.latent_channels:
             raise ValueError(
-                f"`transformer` has {transformer.config.in_channels} `in_channels`, but the codes of `tokenizer` have "
+                f"`transformer` has {config.in_channels} `in_channels`, but the codes of `tokenizer` have "
                 f"{tokenizer.latent_channels}: use the tokenizer that the model was trained with."
             )
         for name in ("levels", "scaling_factor"):
-            expected, got = transformer.config[name], getattr(tokenizer, name)
+            expected, got = config[name], getattr(tokenizer, name)
             # Tuples of a config come back from JSON as lists.
             if expected is not None and np.asarray(expected).tolist() != np.asarray(got).tolist():
                 raise ValueError(
                     f"`transformer` was trained on codes with the `{name}` {expected}, but `tokenizer` has {got}: use "
                     "the tokenizer that the model was trained with."
                 )
-        size = as_grid(transformer.config.sample_size)
+        size = as_grid(config.sample_size)
         if size != tokenizer.grid_size:
             raise ValueError(
                 f"`transformer` has a `sample_size` of {list(size)}, but `tokenizer` gives a grid of "
@@ -90,10 +86,9 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
     def compile(self, **kwargs: Any) -> None:
         """
-        Compile the model by [`torch.compile`], all of it into one graph: the first call for a number of rows takes its
-        time, later ones are faster, on GPUs most of all. Guidance in a part of the steps makes two such numbers.
-        `kwargs` are arguments of `torch.compile` beside `fullgraph=True` and `dynamic=False`; on a GPU,
-        `mode="reduce-overhead"` records CUDA graphs, and more than eight numbers of rows need `dynamic=True`.
+        Compile the model by [`torch.compile`], with `fullgraph=True`, `dynamic=False` and `kwargs`, such as
+        `mode="reduce-overhead"` for CUDA graphs. The first call for each number of rows takes its time; guidance in a
+        part of the steps makes two such numbers, and more than eight need `dynamic=True`.
         """
         self.transformer.compile(**{"fullgraph": True, "dynamic": False, **kwargs})
 
@@ -117,44 +112,41 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         Generate images.
 
         Args:
-            class_labels, num_images_per_label, batch_size, return_dict: as in [`IFSQARPipeline`].
+            class_labels, num_images_per_label, batch_size, generator, return_dict: as in [`IFSQARPipeline`].
             num_inference_steps (`int`, *optional*, defaults to 50):
                 steps of the scheduler. Heun's method calls the model twice in each but the last.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 strength of classifier-free guidance, on all channels; at least 1.0, which turns it off.
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
-                first and last t, in [0, 1] from noise to data, of the model's calls with guidance; in the others only
-                conditional rows are computed.
+                first and last t, in [0, 1] from noise to data, of the model's calls with guidance.
             snap_to_codes (`bool`, *optional*, defaults to `True`):
-                whether to round the final latents to the nearest codes before they are decoded; an `AutoencoderKL`
-                has none.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                one for all images or one each. An image depends on its own generator and label alone.
+                whether to round the final latents to the nearest codes, of a tokenizer that has any.
             latents (`torch.Tensor` of shape `(batch, channels, rows, columns)`, *optional*):
                 standard normal noise to start from instead of what `generator` draws.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                as in [`IFSQARPipeline`], or `"latent"` for the final latents, codes times the tokenizer's
-                `scaling_factor`.
+                as in [`IFSQARPipeline`], but `"latent"` for the final latents, codes times `scaling_factor`.
             callback_on_step_end (`Callable`, *optional*):
-                called after each step with the pipeline, the step, the scheduler's timestep of the model's last call
-                and a dictionary with `"latents"`, those of a batch. It returns such a dictionary; changed latents are
-                taken over.
+                as in [`IFSQARPipeline`], with the scheduler's timestep of the model's last call and with `"latents"`.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
         """
         # 1. Check and prepare the inputs.
-        self._check_common_inputs(output_type)
+        labels, batches = self._prepare(class_labels, num_images_per_label, batch_size, output_type)
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
         check_guidance(guidance_scale, guidance_interval, self.transformer.config.class_dropout_prob)
         self._check_scheduler()
-        labels = self._prepare_labels(class_labels, num_images_per_label)
-        batches = self._split(len(labels), batch_size)
-        latents = self._prepare_latents(latents, generator, len(labels))
+        tokenizer = self._image_tokenizer
+        shape = (len(labels), self.transformer.config.in_channels, *tokenizer.grid_size)
+        if latents is None:
+            latents = draw(torch.randn, shape[1:], image_generators(generator, len(labels)), labels.device)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        # The path is followed in float32 whatever the dtype of the model.
+        latents = latents.to(labels.device, torch.float32)
 
         # 2. Follow the velocity from noise to latents and decode them.
-        tokenizer = self._image_tokenizer
         outputs = []
         with self.progress_bar(total=num_inference_steps * len(batches)) as progress_bar:
 
@@ -176,10 +168,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 codes = tokenizer.latents_to_codes(final_latents)
                 if snap_to_codes:
                     codes = tokenizer.nearest_codes(codes)
-                if output_type == "latent":
-                    outputs.append(tokenizer.codes_to_latents(codes))
-                else:
-                    outputs.append(tokenizer.decode_codes(codes))
+                finish = tokenizer.codes_to_latents if output_type == "latent" else tokenizer.decode_codes
+                outputs.append(finish(codes))
 
         # 3. Make pictures.
         return self._finish(outputs, output_type, return_dict)
@@ -193,18 +183,23 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Noise to latents by the steps that the scheduler is set to. Sigma is the share of noise in them, 1 - t."""
-        scheduler = self.scheduler
+        scheduler, transformer = self.scheduler, self.transformer
         sigmas = scheduler.sigmas.tolist()
         num_calls = len(scheduler.timesteps)
+        labels_and_null = torch.cat([labels, torch.full_like(labels, transformer.config.num_classes)])
         for call, timestep in enumerate(scheduler.timesteps):
             t = 1 - sigmas[call]
             # Sigmas are rounded to float32: 1 - 0.7 is not quite 0.3.
             guided = guidance_scale > 1 and guidance_interval[0] - 1e-6 <= t <= guidance_interval[1] + 1e-6
-            velocity = self._predict_velocity(latents, t, labels, guidance_scale if guided else 1.0)
+            rows = (latents.repeat(2, 1, 1, 1) if guided else latents).to(transformer.dtype)
+            times = torch.full((len(rows),), t, device=rows.device)
+            velocity = transformer(rows, times, labels_and_null[: len(rows)]).sample.float()
+            if guided:
+                velocity = guide(velocity, guidance_scale)
             if call == 0 and not torch.isfinite(velocity).all():
                 raise ValueError(
                     "The predicted velocity is not finite: the weights or `latents` hold NaN, or `transformer` "
-                    f"overflows in {self.transformer.dtype}."
+                    f"overflows in {transformer.dtype}."
                 )
             # The model's velocity points to the data, a scheduler's to the noise.
             latents = scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
@@ -214,37 +209,10 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         # The nearest code of NaN would be some code, and give a picture.
         if not torch.isfinite(latents).all():
             raise ValueError(
-                f"The latents are not finite any more: `transformer` overflows in {self.transformer.dtype}, or "
+                f"The latents are not finite any more: `transformer` overflows in {transformer.dtype}, or "
                 "`callback_on_step_end` returned NaN."
             )
         return latents
-
-    def _predict_velocity(
-        self, latents: torch.Tensor, t: float, labels: torch.Tensor, guidance_scale: float
-    ) -> torch.Tensor:
-        if guidance_scale > 1:
-            latents = latents.repeat(2, 1, 1, 1)
-            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.num_classes)])
-        timesteps = torch.full((len(latents),), t, device=latents.device)
-        velocity = self.transformer(latents.to(self.transformer.dtype), timesteps, labels).sample.float()
-        if guidance_scale > 1:
-            velocity = guide(velocity, guidance_scale)
-        return velocity
-
-    def _prepare_latents(
-        self,
-        latents: torch.Tensor | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        batch_size: int,
-    ) -> torch.Tensor:
-        """Noise in float32, in which the path is followed whatever the dtype of the model."""
-        shape = (self.transformer.config.in_channels, *self._image_tokenizer.grid_size)
-        device = self._execution_device
-        if latents is None:
-            return draw(torch.randn, shape, image_generators(generator, batch_size), device)
-        if tuple(latents.shape) != (batch_size, *shape):
-            raise ValueError(f"`latents` must have shape {(batch_size, *shape)}, got {tuple(latents.shape)}.")
-        return latents.to(device, torch.float32)
 
     def _set_timesteps(self, num_inference_steps: int) -> None:
         scheduler, device = self.scheduler, self._execution_device

@@ -17,6 +17,7 @@ from ..models.image_tokenizer import ImageTokenizer, as_image_tokenizer
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ClassLabels = int | str | Sequence[int | str] | torch.Tensor
 
 # Pipelines on the Hub are only downloaded if diffusers knows the modules of their components.
 for module in ("autoencoder_ifsq", "modeling_ifsq_ar", "transformer_ifsq_dit"):
@@ -62,8 +63,8 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         """The ids of one or more of the names in `labels`; an unknown one is an error that suggests the closest."""
         labels = self.labels
         names = [names] if isinstance(names, str) else list(names)
+        id2label = self.transformer.config.id2label or {}
         for name in names:
-            id2label = self.transformer.config.id2label or {}
             ids = [class_id for class_id, other in id2label.items() if other == name]
             if len(ids) > 1:
                 raise ValueError(f"`class_labels` has {name!r}, the name of several classes: give one of {ids}.")
@@ -77,16 +78,30 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
                 )
         return [labels[name] for name in names]
 
-    def _prepare_labels(
-        self, class_labels: int | str | Sequence[int | str] | torch.Tensor, num_images_per_label: int
-    ) -> torch.Tensor:
-        """Ids on the execution device, each repeated `num_images_per_label` times in a row."""
+    def _prepare(
+        self, class_labels: ClassLabels, num_images_per_label: int, batch_size: int | None, output_type: str
+    ) -> tuple[torch.Tensor, list[slice]]:
+        """Check the inputs of both pipelines. Gives each image's label and the images that are generated together."""
+        self._check_match()
+        for name in ("transformer", "tokenizer"):
+            if getattr(self, name).training:
+                raise ValueError(f"`{name}` is in training mode: call `pipe.{name}.eval()` before generating.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        if num_images_per_label < 1:
+            raise ValueError(f"`num_images_per_label` must be at least 1, got {num_images_per_label}.")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        ids = self._class_ids(class_labels)
+        labels = torch.tensor(ids, device=self._execution_device).repeat_interleave(num_images_per_label)
+        step = batch_size or len(labels)
+        return labels, [slice(start, start + step) for start in range(0, len(labels), step)]
+
+    def _class_ids(self, class_labels: ClassLabels) -> list[int]:
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.flatten().tolist()
         elif isinstance(class_labels, str) or not isinstance(class_labels, (Sequence, np.ndarray)):
             class_labels = [class_labels]
-        if num_images_per_label < 1:
-            raise ValueError(f"`num_images_per_label` must be at least 1, got {num_images_per_label}.")
         if len(class_labels) == 0:
             raise ValueError("`class_labels` is empty: give at least one class.")
         num_classes = self.transformer.config.num_classes
@@ -96,24 +111,11 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
                 label = self.get_label_ids(label)[0]
             if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < num_classes:
                 raise ValueError(f"`class_labels` must be names or integers in [0, {num_classes}), got {label!r}.")
-            ids += [int(label)] * num_images_per_label
-        return torch.tensor(ids, device=self._execution_device)
-
-    def _split(self, num_images: int, batch_size: int | None) -> list[slice]:
-        """The images that go through `transformer` together."""
-        if batch_size is None:
-            batch_size = num_images
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        return [slice(start, start + batch_size) for start in range(0, num_images, batch_size)]
+            ids.append(int(label))
+        return ids
 
     def _call_back(
-        self,
-        callback: Callable[[Any, int, Any, dict], dict],
-        step: int,
-        timestep: Any,
-        name: str,
-        values: torch.Tensor,
+        self, callback: Callable[..., dict], step: int, timestep: Any, name: str, values: torch.Tensor
     ) -> torch.Tensor:
         """Show values to the user's function and return what it makes of them."""
         changed = callback(self, step, timestep, {name: values.clone()}).get(name, values)
@@ -123,14 +125,6 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
                 f"{tuple(changed.shape)} and {changed.dtype}."
             )
         return changed.to(values)
-
-    def _check_common_inputs(self, output_type: str) -> None:
-        self._check_match()
-        for name in ("transformer", "tokenizer"):
-            if getattr(self, name).training:
-                raise ValueError(f"`{name}` is in training mode: call `pipe.{name}.eval()` before generating.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
 
     def _finish(self, outputs: list[torch.Tensor], output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
         """Batches of images in [-1, 1] as PIL images, or as an array or tensor in [0, 1]; latents as they are."""
