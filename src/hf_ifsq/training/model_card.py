@@ -39,17 +39,12 @@ def make_model_card(
         title=title,
         description=description,
         usage=usage,
-        facts=table(facts),
+        facts=facts,
         command=f"accelerate launch {shlex.join(map(without_local_paths, sys.argv))}",
         arguments=yaml.safe_dump({name: without_local_paths(arguments[name]) for name in arguments}, sort_keys=False),
-        metrics=table({name: f"{value:.4f}" for name, value in metrics.items()}),
+        metrics=metrics,
     )
     return f"{card}\n"
-
-
-def table(rows: Mapping[str, Any]) -> str:
-    """Rows of a Markdown table of two columns."""
-    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
 def without_local_paths(value: Any) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
@@ -127,8 +128,7 @@ class TrainingRun:
     @property
     def global_batch_size(self) -> int:
         """Images per optimizer step."""
-        forward_passes = self.accelerator.gradient_accumulation_steps * self.accelerator.num_processes
-        return self.train_batch_size * forward_passes
+        return self.train_batch_size * self.accelerator.gradient_accumulation_steps * self.accelerator.num_processes
 
     @property
     def num_steps(self) -> int:
@@ -153,45 +153,31 @@ class TrainingRun:
         The rest of the shuffled stream over training rows, read by `(index, position)`, that this run has still to
         read: as many batches as there are forward passes to come.
         """
-        num_samples = len(dataset)  # type: ignore[arg-type]  # torch's base class has no length
+        count, batch_size = len(dataset), self.global_batch_size  # type: ignore[arg-type]  # `Dataset` has no length
         if self.max_train_steps is None:
-            self.max_train_steps = math.ceil(self.num_train_epochs * num_samples / self.global_batch_size)
-        stop = self.samples_seen + (self.num_steps - self.global_step) * self.global_batch_size
-        logger.info(
-            f"{num_samples} images, {self.global_batch_size} per step, steps {self.global_step} to {self.num_steps}."
-        )
-        return DataLoader(
-            dataset,
-            batch_size=self.train_batch_size,
-            sampler=ResumableSampler(num_samples, self.seed, self.samples_seen, stop),
-            num_workers=self.dataloader_num_workers,
-            persistent_workers=self.dataloader_num_workers > 0,
-            # Seeds of the workers, which use none: without it each new loader would advance the global generator.
-            generator=torch.Generator(),
-        )
+            self.max_train_steps = math.ceil(self.num_train_epochs * count / batch_size)
+        stop = self.samples_seen + (self.num_steps - self.global_step) * batch_size
+        logger.info(f"{count} images, {batch_size} per step, steps {self.global_step} to {self.num_steps}.")
+        sampler = ResumableSampler(count, self.seed, self.samples_seen, stop)
+        return self._loader(dataset, sampler=sampler, persistent_workers=self.dataloader_num_workers > 0)
 
     def evaluation_dataloader(self, dataset: Dataset) -> DataLoader:
         """
         A prepared pass over a dataset in its order, for `accelerator.gather_for_metrics`. It leaves the global random
         states alone, so that a run resumed after a validation goes on as if it had done it.
         """
-        loader = DataLoader(
-            dataset,
-            batch_size=self.train_batch_size,
-            num_workers=self.dataloader_num_workers,
-            generator=torch.Generator(),
-        )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(self._loader(dataset))
+
+    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
+        # Seeds of the workers, which use none: without a generator each new loader would advance the global one.
+        options |= {"num_workers": self.dataloader_num_workers, "generator": torch.Generator()}
+        return DataLoader(dataset, batch_size=self.train_batch_size, **options)
 
     def prepare(self, model: nn.Module, *others: Any, saved: ModelMixin | PreTrainedModel | None = None) -> tuple:
         """
-        Prepare the trained model and whatever goes with it for the devices, make `saved_model`, and load the
-        checkpoint to resume from, if any.
-
-        Args:
-            model (`torch.nn.Module`): the trained model.
-            others: optimizers, learning-rate schedulers, dataloader and further trained modules.
-            saved (`ModelMixin` or `PreTrainedModel`, *optional*): the model to save, where `model` wraps it.
+        Prepare the trained model and whatever goes with it (optimizers, schedules, dataloader, further trained
+        modules) for the devices, make `saved_model` of `saved`, by default of the model itself, and load the
+        checkpoint to resume from, if any. Gives all but `saved`, prepared.
         """
         source = model if saved is None else saved
         model.to(self.accelerator.device)
@@ -227,8 +213,7 @@ class TrainingRun:
 
         Args:
             learning_rate (`float`): the learning rate of the step, for the log.
-            model_changed (`bool`, *optional*, defaults to `True`):
-                whether the step was one of the model that is averaged, and not of its adversary.
+            model_changed (`bool`, *optional*, defaults to `True`): whether it was the model's, not its adversary's.
             tokens_per_image (`int`, *optional*):
                 to log `tokens_per_second` in place of `images_per_second`: throughput of all processes since the last
                 entry, without the time of checkpoints and of what is `untimed`.
@@ -292,16 +277,11 @@ class TrainingRun:
         grid.save(folder / f"{name}-{self.global_step:07d}.png")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                pixels = torch.frombuffer(bytearray(grid.convert("RGB").tobytes()), dtype=torch.uint8)
-                values = {name: pixels.view(1, grid.height, grid.width, 3).numpy()}
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(values, step=self.global_step, **options)
+                tracker.log_images({name: np.asarray(grid.convert("RGB"))[None]}, step=self.global_step, **options)
 
     def finish(self, model_card: str) -> None:
-        """
-        End the run: write the model card beside the saved model, push both to the Hub if asked for, close
-        trackers.
-        """
+        """End the run: write the model card beside the saved model, push both if asked for, close trackers."""
         self._progress_bar.close()
         if self.accelerator.is_main_process:
             (self.folder / "README.md").write_text(model_card, encoding="utf-8")

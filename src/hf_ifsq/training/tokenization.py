@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, DatasetInfo, Features, List, SplitDict, SplitInfo, Value
@@ -16,7 +16,6 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow.parquet import ParquetWriter
 
-from .model_card import table
 from .tokens import INFO_FILE, TokenDatasetInfo
 
 
@@ -154,40 +153,21 @@ class TokenDatasetWriter:
 
     def finish(self, title: str) -> None:
         """Write the card under a title and give the description its name, after all shards and in only one process."""
-        info, tokenizer = self.info, self.info.tokenizer
         # The names of the files say what split they are, not `configs` of the card: with these, `datasets` takes the
         # cached rows of any other folder of the same name for those of this one.
         splits = SplitDict()
-        for name, num_rows in info.num_rows.items():
+        for name, num_rows in self.info.num_rows.items():
             splits.add(SplitInfo(name, num_examples=num_rows))
+        content = DatasetInfosDict({"default": DatasetInfo(features=self.features, splits=splits)})
         metadata = DatasetCardData(tags=["image-tokens", "ifsq"])
-        DatasetInfosDict({"default": DatasetInfo(features=self.features, splits=splits)}).to_dataset_card_data(
-            metadata
-        )
-        revision = "" if tokenizer["revision"] is None else f" at revision {tokenizer['revision']}"
-        levels = "" if tokenizer["levels"] is None else f", levels {tokenizer['levels']}"
-        facts = {
-            "tokenizer": f"`{tokenizer['name_or_path']}`{revision}",
-            "codebook": f"{tokenizer['codebook_size']:,} tokens{levels}",
-            "grid": "{} x {} tokens".format(*tokenizer["grid_size"]),
-            "teacher": "none" if info.teacher is None else f"`{info.teacher['name_or_path']}`",
-            "images": ", ".join(f"{name}: {value}" for name, value in info.images.items() if value is not None),
-            "rows": ", ".join(f"{split}: {num_rows:,}" for split, num_rows in info.num_rows.items()),
+        content.to_dataset_card_data(metadata)
+        values: dict[str, Any] = {
+            "title": title,
+            "info": self.info,
+            "columns": list(self.features),
+            "info_file": INFO_FILE,
         }
-        columns = {
-            "indices": f"the {info.num_tokens} token ids of an image in raster order",
-            "label": "its class",
-            "teacher_features": "features of the teacher for each of the tokens",
-        }
-        card = DatasetCard.from_template(
-            metadata,
-            template_path=str(CARD),
-            title=title,
-            resolution=info.resolution,
-            facts=table(facts),
-            columns=table({f"`{name}`": columns[name] for name in self.features}),
-            info_file=INFO_FILE,
-        )
+        card = DatasetCard.from_template(metadata, template_path=str(CARD), **values)
         _write_whole(self.folder / "README.md", f"{card}\n")
         if self._unfinished.is_file():
             self._unfinished.rename(self.folder / INFO_FILE)
@@ -197,7 +177,8 @@ class TokenDatasetWriter:
         return self.folder / f"partial-{INFO_FILE}"
 
     def _check_same(self, begun: TokenDatasetInfo) -> None:
-        before, now = _flatten(asdict(begun)), _flatten(asdict(self.info))
+        # Nested entries under names like `tokenizer.levels`.
+        before, now = (pd.json_normalize(asdict(info)).iloc[0].to_dict() for info in (begun, self.info))
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if names:
             differences = ", ".join(f"`{name}` ({before.get(name)} and now {now.get(name)})" for name in names)
@@ -220,15 +201,6 @@ def _to_arrow(name: str, values: np.ndarray, arrow_type: pa.DataType) -> pa.Arra
     for length in reversed(lengths):
         array = pa.FixedSizeListArray.from_arrays(array, length)
     return array
-
-
-def _flatten(content: dict[str, Any]) -> dict[str, Any]:
-    """Entries of nested dictionaries under names like `tokenizer.levels`."""
-    flat = {}
-    for name, value in content.items():
-        parts = _flatten(value) if isinstance(value, dict) else {}
-        flat.update({f"{name}.{key}": part for key, part in parts.items()} or {name: value})
-    return flat
 
 
 def _write_whole(path: Path, text: str) -> None:

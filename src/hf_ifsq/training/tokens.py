@@ -177,8 +177,7 @@ class TokenSource:
         tokenizer ([`ImageTokenizer`]): the tokenizer, in float32: a rounded latent is another token.
         train_data, validation_data ([`ImageDataset`] or [`TokenDataset`]): rows; there may be none for validation.
         id2label (`dict[int, str]`): names of the classes.
-        teacher ([`Teacher`], *optional*): the model that gives the features of images.
-        teacher_hidden_size (`int`, *optional*): width of stored features, if there are any.
+        teacher ([`Teacher`], *optional*), teacher_hidden_size (`int`, *optional*): gives features of some width.
 
     Attributes:
         measures_cknna (`bool`): whether there are both features and enough validation images to compare them with.
@@ -235,10 +234,9 @@ class TokenSource:
         seed: int = 0,
     ) -> "TokenSource":
         """
-        Tokens that were made in advance.
+        Tokens that were made in advance, in a folder or on the Hub.
 
         Args:
-            token_dataset (`str`): folder of the token dataset, or its name on the Hub.
             tokenizer (`str`, *optional*): where its tokenizer is now, by default the place that it names.
             teacher (`str`, *optional*): name of the teacher whose features are stored, if they are wanted.
             patch_size (`int`, *optional*, defaults to 1): codes along a side of the square that a feature stands for.
