@@ -14,7 +14,6 @@ from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from .checkpoint import CheckpointFormat, Rules, Weights, load_exactly
 
 
-# From diffusers' names to official ones.
 BLOCK_RULES: Rules = (
     (r"(down|up)samplers\.0", r"\1sample"),
     (r"conv_shortcut", "nin_shortcut"),
@@ -107,7 +106,6 @@ def convert_ifsq_tokenizer(weights: Weights, config: dict[str, Any]) -> Autoenco
         "levels": levels,
         "alpha": ALPHAS[config["act_fun"]],
     }
-    # From our names to official ones.
     rules: Rules = (
         (r"mid_block\.resnets", "mid_block"),
         (r"resnets", "block"),
@@ -181,7 +179,6 @@ IFSQ_TOKENIZER = CheckpointFormat(
 )
 
 
-# From our names to official ones.
 VQ_RULES: Rules = (
     (r"mid_block\.resnets\.0", "mid.0"),
     (r"mid_block\.attentions\.0", "mid.1"),
