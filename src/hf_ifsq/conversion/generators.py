@@ -42,10 +42,7 @@ def class_names(num_classes: int) -> dict[int, str] | None:
 
 
 def count_classes(weights: Weights, table: str, config: dict[str, Any]) -> int:
-    """
-    Number of classes of an official model. In the table of their embeddings a null class may follow; without a number
-    in the config of the file it does, as in all published files.
-    """
+    """Number of classes, by the config or else by their table, whose last row is then that of the null class."""
     rows = weights.size(table, 0)
     num_classes = config_value(config, "data", "num_classes")
     if num_classes is None:
