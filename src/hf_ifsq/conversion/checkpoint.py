@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-# Patterns and their replacements, applied to a name one after the other.
+# Patterns and their replacements, applied one after the other to our name of a weight to get the official one.
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
@@ -34,8 +34,7 @@ class Weights(dict[str, torch.Tensor]):
 
     def count(self, pattern: str) -> int:
         """Number of different indices, the group of `pattern`, at the start of names: of layers, blocks, factors."""
-        matches = (re.match(pattern, name) for name in self)
-        return len({match[1] for match in matches if match})
+        return len({match[1] for name in self if (match := re.match(pattern, name))})
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,8 @@ def select_weights(
 def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: Rules, dropped: str = "") -> None:
     """
     Fill a model, whose parameters may be without storage, with copies in float32 of weights that fit it one to one.
-
-    The rules lead from the name of a weight of the model to the official one, or with `|` between them to several, of
-    equal size, that it is made of one below the other. The model has no use for names that match `dropped`.
+    The rules may lead to several names with `|` between them, for weights of equal size to be put one below the other.
+    The model has no use for names that match `dropped`.
     """
     parts, shapes = {}, {}
     for name, weight in model.state_dict().items():

@@ -30,10 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Conversion:
-    """
-    A converted checkpoint: the model, float32 and in evaluation mode; what the official file holds; its entry with
-    the weights, `None` if it is a bare set of weights; the projectors of REPA in a generator model, one per teacher.
-    """
+    """A converted checkpoint, see [`convert_checkpoint`]."""
 
     model: ModelMixin | PreTrainedModel
     format_name: str
@@ -63,7 +60,9 @@ def convert_checkpoint(
             rows and columns of the tokens of an AR model; needed if the file does not tell them, as LlamaGen's do not.
 
     Returns:
-        [`Conversion`].
+        [`Conversion`]: the `model`, float32 and in evaluation mode; what the file holds (`format_name`); its `entry`
+        with the weights, `None` if it is a bare set of weights; and the projectors of a generator model that was
+        trained with REPA, one per teacher (`alignments`).
 
     Example:
 

@@ -32,8 +32,8 @@ def config_value(config: dict[str, Any], section: str, name: str) -> Any:
 def class_names(num_classes: int) -> dict[int, str] | None:
     """
     The `id2label` of an official model: 1000 classes are those of ImageNet-1k, as in all that are published, under the
-    short names of torchvision 0.29 (`torchvision/models/_meta.py`) by WordNet id. Five that differ in case or meaning
-    alone are changed, so that no name is short for two classes: two cranes, two maillots, and the dog called Cardigan.
+    names of torchvision 0.29 (`torchvision/models/_meta.py`) by WordNet id. Five that differ in case or meaning alone
+    are changed, so that no name is short for two classes: two cranes, two maillots, and the dog called Cardigan.
     """
     if num_classes != 1000:
         return None
@@ -42,10 +42,7 @@ def class_names(num_classes: int) -> dict[int, str] | None:
 
 
 def count_classes(weights: Weights, table: str, config: dict[str, Any]) -> int:
-    """
-    Number of classes of an official model. In the table of their embeddings a null class may follow; without a number
-    in the config of the file it does, as in all published files.
-    """
+    """Number of classes, by the config or else by their table, whose last row is then that of the null class."""
     rows = weights.size(table, 0)
     num_classes = config_value(config, "data", "num_classes")
     if num_classes is None:
@@ -58,7 +55,6 @@ def count_classes(weights: Weights, table: str, config: dict[str, Any]) -> int:
     return num_classes
 
 
-# From our names to official ones.
 AR_RULES: Rules = (
     (r"^model\.", ""),
     (r"embed_classes", "cls_embedding.embedding_table"),
@@ -80,10 +76,7 @@ def convert_llamagen_ar(
     num_attention_heads: int | None = None,
     grid_size: int | Sequence[int] | None = None,
 ) -> IFSQARForImageGeneration:
-    """
-    Convert LlamaGen's class-conditional `Transformer`, or iFSQ's, which may predict a token in several factors. All
-    sizes but `num_attention_heads` and `grid_size` are read from the weights; dropout is LlamaGen's, our default.
-    """
+    """Convert LlamaGen's class-conditional `Transformer`, or iFSQ's, which may predict a token in several factors."""
     table = "cls_embedding.embedding_table.weight"
     hidden_size, num_layers = weights.size(table, 1), weights.count(r"layers\.(\d+)\.")
     num_classes = count_classes(weights, table, config)
@@ -100,6 +93,7 @@ def convert_llamagen_ar(
         raise ValueError(f"`num_attention_heads` must be at least 1, got {num_attention_heads}.")
     if grid_size is not None:
         grid_size = [grid_size] * 2 if isinstance(grid_size, int) else list(grid_size)
+    # The config of iFSQ's files tells the grid.
     pixels = config_value(config, "data", "image_size")
     pixels_per_token = config_value(config, "fsq", "downsample_ratio")
     told = [pixels // pixels_per_token] * 2 if pixels and pixels_per_token else grid_size
@@ -147,7 +141,6 @@ LLAMAGEN_AR = CheckpointFormat(
 )
 
 
-# From our names to official ones.
 DIT_RULES: Rules = (
     (r"patch_embed", "x_embedder.proj"),
     (r"time_embed\.linear_1", "t_embedder.mlp.0"),

@@ -14,7 +14,6 @@ from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from .checkpoint import CheckpointFormat, Rules, Weights, load_exactly
 
 
-# From diffusers' names to official ones.
 BLOCK_RULES: Rules = (
     (r"(down|up)samplers\.0", r"\1sample"),
     (r"conv_shortcut", "nin_shortcut"),
@@ -84,7 +83,6 @@ def _widen(model: Autoencoder, config: dict[str, Any]) -> Autoencoder:
 
 # The config of an iFSQ tokenizer.
 ALPHAS = {"scale_sigmoid_16": 1.6, "scale_sigmoid_20": 2.0}
-
 SIZES = ("hidden_size", "num_res_blocks", "z_channels", "embed_dim")
 SIZE_LISTS = ("hidden_size_mult", "levels")
 # Without a trace in the weights: a guess could be wrong unnoticed.
@@ -107,7 +105,6 @@ def convert_ifsq_tokenizer(weights: Weights, config: dict[str, Any]) -> Autoenco
         "levels": levels,
         "alpha": ALPHAS[config["act_fun"]],
     }
-    # From our names to official ones.
     rules: Rules = (
         (r"mid_block\.resnets", "mid_block"),
         (r"resnets", "block"),
@@ -181,7 +178,6 @@ IFSQ_TOKENIZER = CheckpointFormat(
 )
 
 
-# From our names to official ones.
 VQ_RULES: Rules = (
     (r"mid_block\.resnets\.0", "mid.0"),
     (r"mid_block\.attentions\.0", "mid.1"),
@@ -199,13 +195,12 @@ VQ_RULES: Rules = (
 def convert_llamagen_vq(weights: Weights, _: dict[str, Any]) -> VQModel:
     """Convert LlamaGen's `VQModel`, whose sizes are read from its weights, for images of 256 x 256 pixels."""
     levels = weights.count(r"encoder\.conv_blocks\.(\d+)\.")
+    widths = [weights.size(f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0) for level in range(levels)]
     attention = [""] * (levels - 1) + ["Attn"]
     model_config = {
         "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attention],
         "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attention)],
-        "block_out_channels": [
-            weights.size(f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0) for level in range(levels)
-        ],
+        "block_out_channels": widths,
         "layers_per_block": weights.count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         "latent_channels": weights.size("post_quant_conv.weight", 0),
         "num_vq_embeddings": weights.size("quantize.embedding.weight", 0),

@@ -38,8 +38,7 @@ class CodebookUsage:
             raise ValueError(f"`codebook_size` must be in [1, 2**63 - 1], got {codebook_size}.")
         self.codebook_size = codebook_size
         self.levels = None if levels is None else list(levels)
-        self._tokens = np.zeros(0, dtype=np.int64)
-        self._counts = np.zeros(0, dtype=np.int64)
+        self._tokens = self._counts = np.zeros(0, dtype=np.int64)
         self._bins: np.ndarray | None = None
 
     @property

@@ -1,8 +1,6 @@
 """
-What the `evaluate` modules in the folders beside this file share.
-
-`evaluate.load` copies a module's file and takes the first class in it that is one of its own: import this module from
-there, not its class.
+What the `evaluate` modules in the folders beside this file share. `evaluate.load` copies a module's file and takes the
+first class in it that is one of its own: import this module from there, not its class.
 """
 
 import re

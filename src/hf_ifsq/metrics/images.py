@@ -5,24 +5,12 @@ import math
 
 import torch
 
-from ..vision.lpips import check_image_shapes
+from ..vision.lpips import check_image_pair
 
 
 # SSIM's Gaussian window: 11 pixels with a standard deviation of 1.5.
 WINDOW_RADIUS = 5
 WINDOW_SIGMA = 1.5
-
-
-def check_image_pair(images: torch.Tensor, references: torch.Tensor, smallest_side: int = 1) -> None:
-    """Check that two batches can be compared: floats in [-1, 1] of one shape `(batch, 1 or 3, height, width)`."""
-    check_image_shapes(images, references, smallest_side)
-    for name, values in (("images", images), ("references", references)):
-        # A comparison with NaN is false.
-        if not (values.abs() <= 1).all():
-            raise ValueError(
-                f"`{name}` must be in [-1, 1], but it spans [{values.min().item()}, {values.max().item()}]: scale "
-                "pixels by `x / 127.5 - 1`, and clamp reconstructions."
-            )
 
 
 def peak_signal_noise_ratio(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ from torch.nn.grad import conv2d_weight
 
 class PatchDiscriminator(nn.Module):
     """
-    Tells real from reconstructed patches of an image (PatchGAN, https://arxiv.org/abs/1611.07004). It normalizes by
-    groups of channels, not by batch: a score depends on its own image alone, so that several processes train like one.
+    Scores patches of an image, real ones higher than reconstructed ones (PatchGAN, https://arxiv.org/abs/1611.07004).
+    It normalizes by groups of channels, not by batch: a score depends on its own image alone, so that several
+    processes train like one.
 
     Args:
         in_channels (`int`): channels of the images.
@@ -37,10 +38,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """
-        Scores `(batch, 1, rows, columns)`, one per patch and higher for real ones, of images in [-1, 1] of shape
-        `(batch, in_channels, height, width)`.
-        """
+        """Scores `(batch, 1, rows, columns)` of images `(batch, in_channels, height, width)` in [-1, 1]."""
         if min(images.shape[-2:]) < self.smallest_side:
             raise ValueError(
                 f"The discriminator needs images of at least {self.smallest_side} pixels per side, got "
@@ -50,18 +48,12 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_loss(real_scores: torch.Tensor, fake_scores: torch.Tensor) -> torch.Tensor:
-    """
-    Loss of the discriminator, a scalar: scores of real patches should be above 1, those of reconstructed ones below
-    -1, both of any shape.
-    """
+    """Loss of the discriminator, a scalar: real scores should be above 1, those of reconstructions below -1."""
     return (F.relu(1 - real_scores.float()).mean() + F.relu(1 + fake_scores.float()).mean()) / 2
 
 
 def remember_input(last_layer: nn.Conv2d) -> None:
-    """
-    Let the convolution that makes a decoder's images keep its latest input, which [`generator_loss`] needs. Call it
-    once, before the model first runs.
-    """
+    """Let the layer that makes the images keep its latest input for [`generator_loss`]. Call it before it runs."""
 
     def remember(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if torch.is_grad_enabled():

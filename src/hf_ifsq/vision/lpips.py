@@ -15,8 +15,10 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 HEADS_FILE = Path(__file__).with_name("lpips_vgg.safetensors")
 
 
-def check_image_shapes(images: torch.Tensor, references: torch.Tensor, smallest_side: int = 1) -> None:
-    """Check that two batches are floats of one shape `(batch, 1 or 3, height, width)`; no value is read."""
+def check_image_pair(
+    images: torch.Tensor, references: torch.Tensor, smallest_side: int = 1, read_values: bool = True
+) -> None:
+    """Check that two batches can be compared: floats in [-1, 1] of one shape `(batch, 1 or 3, height, width)`."""
     shape = tuple(images.shape)
     if len(shape) != 4 or shape[1] not in (1, 3) or not shape[0] or min(shape[2:]) < smallest_side:
         raise ValueError(
@@ -28,6 +30,12 @@ def check_image_shapes(images: torch.Tensor, references: torch.Tensor, smallest_
     for name, values in (("images", images), ("references", references)):
         if not values.is_floating_point():
             raise ValueError(f"`{name}` must be floats in [-1, 1], got a tensor of dtype {values.dtype}.")
+        # A comparison with NaN is false.
+        if read_values and not (values.abs() <= 1).all():
+            raise ValueError(
+                f"`{name}` must be in [-1, 1], but it spans [{values.min().item()}, {values.max().item()}]: scale "
+                "pixels by `x / 127.5 - 1`, and clamp reconstructions."
+            )
 
 
 class LPIPS(nn.Module):
@@ -83,7 +91,7 @@ class LPIPS(nn.Module):
         Returns:
             `torch.Tensor` of shape `(batch,)`, float32: distances of at least 0, the smaller the more alike.
         """
-        check_image_shapes(images, references, smallest_side=16)
+        check_image_pair(images, references, smallest_side=16, read_values=False)
         distances: list[torch.Tensor] = []
         with torch.autocast(device_type=images.device.type, enabled=False):
             pair = [(values.float() - self.shift) / self.scale for values in (images, references)]

@@ -2,8 +2,8 @@ import statistics
 
 import torch
 
-from hf_ifsq.metrics import evaluation, images
-from hf_ifsq.vision.lpips import LPIPS
+from hf_ifsq.metrics import evaluation
+from hf_ifsq.vision.lpips import LPIPS, check_image_pair
 
 
 class Lpips(evaluation.Metric):
@@ -18,6 +18,6 @@ class Lpips(evaluation.Metric):
         lpips = LPIPS(vgg).to(device)
         distances = []
         for pair in evaluation.image_pairs(predictions, references, device):
-            images.check_image_pair(*pair)
+            check_image_pair(*pair)
             distances.append(lpips(*pair).item())
         return {"lpips": statistics.fmean(distances), "lpips_of_images": distances}
