@@ -161,13 +161,8 @@ class TokenDatasetWriter:
         content = DatasetInfosDict({"default": DatasetInfo(features=self.features, splits=splits)})
         metadata = DatasetCardData(tags=["image-tokens", "ifsq"])
         content.to_dataset_card_data(metadata)
-        values: dict[str, Any] = {
-            "title": title,
-            "info": self.info,
-            "columns": list(self.features),
-            "info_file": INFO_FILE,
-        }
-        card = DatasetCard.from_template(metadata, template_path=str(CARD), **values)
+        values = {"title": title, "info": self.info, "columns": list(self.features), "info_file": INFO_FILE}
+        card = DatasetCard.from_template(metadata, str(CARD), None, **values)
         _write_whole(self.folder / "README.md", f"{card}\n")
         if self._unfinished.is_file():
             self._unfinished.rename(self.folder / INFO_FILE)
