@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.quantization import FiniteScalarQuantizer
+from ..models.quantization import FiniteScalarQuantizer, check_indices
 
 
 # Bins of [-1, 1] for the Kolmogorov-Smirnov distance, which they make exact to 2**-16.
@@ -57,13 +57,7 @@ class CodebookUsage:
                 with all batches or with none.
         """
         tokens = torch.as_tensor(indices).detach().cpu()
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise ValueError(f"`indices` must be integers, got dtype {tokens.dtype}.")
-        if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.codebook_size):
-            raise ValueError(
-                f"`indices` must be in [0, {self.codebook_size}), the codebook, but they span "
-                f"[{tokens.min().item()}, {tokens.max().item()}]."
-            )
+        check_indices(tokens, self.codebook_size)
         bins = None if bounded is None else self._count_bins(torch.as_tensor(bounded).detach(), tokens.numel())
         self._add(*np.unique(tokens.numpy().astype(np.int64), return_counts=True), bins)
 

@@ -19,6 +19,20 @@ from .loading import StrictLoadingMixin
 from .quantization import FiniteScalarQuantizer
 
 
+def check_pixel_values(pixel_values: torch.Tensor, in_channels: int, factor: int) -> None:
+    """Raise a `ValueError` unless they are floats `(batch, in_channels, *, *)` with sides that `factor` divides."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) != 4 or shape[1] != in_channels:
+        raise ValueError(f"`pixel_values` must have shape (batch, {in_channels}, height, width), got {shape}.")
+    if shape[2] % factor or shape[3] % factor or 0 in shape:
+        raise ValueError(
+            f"The height and width of `pixel_values` must be positive multiples of the downsampling factor {factor}, "
+            f"got shape {shape}: resize or crop the images."
+        )
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"`pixel_values` must be floats in [-1, 1], got a tensor of dtype {pixel_values.dtype}.")
+
+
 # All fields but the first have a default: accelerate rebuilds outputs from a dict, which `BaseOutput` then takes.
 @dataclass
 class AutoencoderIFSQEncoderOutput(BaseOutput):
@@ -207,16 +221,8 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         return AutoencoderIFSQOutput(sample=sample, codes=codes, indices=indices)
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        factor, channels, shape = self.downsampling_factor, self.config["in_channels"], tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != channels:
-            raise ValueError(f"`pixel_values` must have shape (batch, {channels}, height, width), got {shape}.")
-        if shape[2] % factor or shape[3] % factor or 0 in shape:
-            raise ValueError(
-                f"The height and width of `pixel_values` must be positive multiples of the downsampling factor "
-                f"{factor}, got shape {shape}: resize or crop the images."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"`pixel_values` must be floats in [-1, 1], got a tensor of dtype {pixel_values.dtype}.")
+        factor = self.downsampling_factor
+        check_pixel_values(pixel_values, self.config["in_channels"], factor)
         return self._sliced(lambda images: self.quant_conv(self.encoder(images)), pixel_values, factor, 1)
 
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,10 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .autoencoder_ifsq import AutoencoderIFSQ
+from .autoencoder_ifsq import AutoencoderIFSQ, check_pixel_values
 from .grid import as_grid
 from .loading import check_loading_info
+from .quantization import check_indices
 
 
 class ImageTokenizer(nn.Module, ABC):
@@ -114,12 +115,7 @@ class ImageTokenizer(nn.Module, ABC):
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         """The checks that diffusers' own classes leave out."""
-        shape, factor = tuple(pixel_values.shape), self.downsampling_factor
-        if len(shape) != 4 or shape[1] != self.in_channels or shape[2] % factor or shape[3] % factor or 0 in shape:
-            raise ValueError(
-                f"`pixel_values` must have shape (batch, {self.in_channels}, height, width) with height and width "
-                f"multiples of {factor}, got {shape}."
-            )
+        check_pixel_values(pixel_values, self.in_channels, self.downsampling_factor)
         if not torch.isfinite(pixel_values).all():
             raise ValueError("`pixel_values` is not finite (NaN or infinity).")
 
@@ -164,11 +160,7 @@ class _VQTokenizer(ImageTokenizer):
         return self._nearest_indices(self.model.encode(pixel_values).latents)
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
-        if indices.numel() and (indices.min() < 0 or indices.max() >= self.require_codebook()):
-            raise ValueError(
-                f"`indices` must be in [0, {self.codebook_size}), the codebook, but they span "
-                f"[{indices.min().item()}, {indices.max().item()}]."
-            )
+        check_indices(indices, self.require_codebook())
         return self._look_up(indices).movedim(-1, 1)
 
     def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,18 @@ BOUNDS = {
 }
 
 
+def check_indices(indices: torch.Tensor, codebook_size: int, codebook: str = "the codebook") -> None:
+    """Raise a `ValueError` unless all are integers in [0, codebook_size); the values are not read in compilation."""
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"`indices` must be integers, got a tensor of dtype {indices.dtype}.")
+    checked = indices.numel() and not torch.compiler.is_compiling()
+    if checked and (indices.min() < 0 or indices.max() >= codebook_size):
+        raise ValueError(
+            f"`indices` must be in [0, {codebook_size}), {codebook}, but they span [{indices.min().item()}, "
+            f"{indices.max().item()}]."
+        )
+
+
 class _StraightThrough(torch.autograd.Function):
     """`quantized`, whose gradient is passed to `values` as it is."""
 
@@ -195,14 +207,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def indices_to_codes(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Codes `(batch, d, *spatial)` in [-1, 1] of integers `(batch, *spatial)` in [0, codebook_size)."""
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            raise ValueError(f"`indices` must be integers, got a tensor of dtype {indices.dtype}.")
-        checked = indices.numel() and not torch.compiler.is_compiling()
-        if checked and (indices.min() < 0 or indices.max() >= self.codebook_size):
-            raise ValueError(
-                f"`indices` must be in [0, {self.codebook_size}), the codebook of levels {self.levels}, but they span "
-                f"[{indices.min().item()}, {indices.max().item()}]."
-            )
+        check_indices(indices, self.codebook_size, f"the codebook of levels {self.levels}")
         remainder = indices.long()
         digits = []
         for level in self.levels:
