@@ -42,17 +42,18 @@ setup(
         ]
     },
     python_requires=">=3.11",
+    # Upper bounds: see "Private parts of other libraries" in CONTRIBUTING.md.
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
-        "diffusers>=0.42",
+        "diffusers>=0.42,<0.43",
         "huggingface_hub>=2.4",
         "Jinja2",
         "numpy",
         "Pillow",
         "PyYAML",
         "safetensors>=0.8",
-        "torch>=2.6",
+        "torch>=2.6,<2.14",
         "transformers>=5.23",
     ],
     extras_require=extras,

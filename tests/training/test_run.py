@@ -456,3 +456,21 @@ def test_evaluation_is_in_the_precision_of_the_weights(start):
 def test_order_of_calls(start):
     with pytest.raises(RuntimeError, match="number of steps is not known before `dataloader`"):
         _ = start(max_train_steps=None).num_steps
+
+
+@pytest.mark.parametrize("mode, options", [(None, {}), ("reduce-overhead", {"triton.cudagraphs": True})])
+def test_compilation_without_the_layouts_that_lose_gradients(start, monkeypatch, mode, options):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    if mode is not None:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", mode)
+    plugin = start().accelerator.state.dynamo_plugin
+    assert plugin.backend.value == "INDUCTOR" and plugin.mode is None
+    assert plugin.options == {**options, "layout_optimization": False}
+
+
+def test_other_compilations_are_left_as_they_are(start, monkeypatch):
+    assert start().accelerator.state.dynamo_plugin.backend.value == "NO"
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = start().accelerator.state.dynamo_plugin
+    assert plugin.backend.value == "EAGER" and plugin.options is None and plugin.mode == "default"
