@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin, set_seed
