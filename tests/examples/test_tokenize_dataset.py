@@ -258,7 +258,7 @@ def run_script(workspace, argv, rank=0, num_processes=1, port=0):
 def start():
     """Starts the script in one or several processes, which are forks of one that has all modules already."""
     context = multiprocessing.get_context("forkserver")
-    modules = ["hf_ifsq.training.tokenization", "transformers.models.vit.modeling_vit", "pytest"]
+    modules = ["hf_ifsq.training.arguments", "transformers.models.vit.modeling_vit", "pytest"]
     context.set_forkserver_preload(modules)
 
     def start(workspace, argv, num_processes=1):

@@ -17,13 +17,13 @@ from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenize_dataset import TokenDatasetWriter
 from transformers import ViTConfig, ViTModel
 
 from hf_ifsq import AutoencoderIFSQ, IFSQARPipeline, IFSQDiTPipeline
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import parse_args
-from hf_ifsq.training.tokenization import TokenDatasetWriter
 from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint
 
 

@@ -12,12 +12,12 @@ import torch
 from datasets import ClassLabel, Value
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
+from tokenize_dataset import ShardBatches, TokenDatasetWriter
 from transformers import ViTConfig, ViTModel
 
 import hf_ifsq
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import GeneratorArguments
-from hf_ifsq.training.tokenization import ShardBatches, TokenDatasetWriter
 from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, fingerprint, load_token_dataset
 from hf_ifsq.vision.vision_model import Teacher
 
@@ -146,7 +146,7 @@ def test_cached_rows_are_never_those_of_another_folder_or_time(tmp_path):
 
 
 def test_shards_have_several_row_groups_where_rows_are_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_ifsq.training.tokenization.ROW_GROUP_BYTES", 4000)
+    monkeypatch.setattr("tokenize_dataset.ROW_GROUP_BYTES", 4000)
     info = make_info({"train": 40}, teacher={"name_or_path": "vit", "hidden_size": 6})
     columns = random_columns(40, width=6)
     writer = TokenDatasetWriter(tmp_path / "tokens", info, ClassLabel(names=NAMES))
