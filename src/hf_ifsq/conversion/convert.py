@@ -126,7 +126,7 @@ def assemble_pipeline(
     model: IFSQARForImageGeneration | IFSQDiTTransformer2DModel, tokenizer: str
 ) -> IFSQARPipeline | IFSQDiTPipeline:
     """
-    Put a converted generator model and the tokenizer that it was trained with into a pipeline.
+    Put a converted generator model and its tokenizer into a pipeline, one of diffusion with Euler's method.
 
     The tokenizer is loaded for images of the model's grid. For diffusion the two must agree on `scaling_factor`, which
     the official code keeps beside the model: the one in the model's config wins, or where it has none the tokenizer's.
@@ -135,9 +135,6 @@ def assemble_pipeline(
         model ([`IFSQARForImageGeneration`] or [`IFSQDiTTransformer2DModel`]):
             the generator model; that of diffusion takes over `scaling_factor` and `levels` in place.
         tokenizer (`str`): a folder or a name on the Hub, of a converted or a trained tokenizer.
-
-    Returns:
-        [`IFSQARPipeline`], or [`IFSQDiTPipeline`] with Euler's method.
     """
     changes: dict[str, Any] = {}
     if isinstance(model, IFSQARForImageGeneration):

@@ -164,15 +164,12 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         self, pixel_values: torch.Tensor, return_dict: bool = True
     ) -> AutoencoderIFSQEncoderOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Encode images into codes and their indices.
+        Encode images into `codes`, their `indices`, and `unquantized`, the latent before.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch, in_channels, height, width)`):
                 images in [-1, 1]; height and width are multiples of the downsampling factor.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
-
-        Returns:
-            [`AutoencoderIFSQEncoderOutput`] or `tuple`: `codes`, `indices` and `unquantized`.
         """
         latent = self._encode(pixel_values)
         if not torch.compiler.is_compiling() and not torch.isfinite(latent).all():

@@ -227,16 +227,9 @@ def load_image_tokenizer(
     name_or_path: str | PathLike[str], sample_size: int | Sequence[int] | None = None, **kwargs: Any
 ) -> ImageTokenizer:
     """
-    Load a tokenizer of any of the classes, as its config names it, in evaluation mode and without gradients.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): a folder or a name on the Hub.
-        sample_size (`int` or `Sequence[int]`, *optional*):
-            height and width in pixels of the images, if other than the config says.
-        kwargs: further arguments of `from_pretrained`, such as `revision`.
-
-    Returns:
-        [`ImageTokenizer`], whose `model` is the tokenizer.
+    Load a tokenizer of any of the classes, as its config names it, from a folder or the Hub, in evaluation mode and
+    without gradients. `sample_size` is height and width in pixels of the images, if other than the config says;
+    `kwargs` are further arguments of `from_pretrained`, such as `revision`.
     """
     hub_options = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
     class_name = AutoencoderIFSQ.load_config(name_or_path, **hub_options).get("_class_name")

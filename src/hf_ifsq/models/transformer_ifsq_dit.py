@@ -241,9 +241,6 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             class_labels (`torch.LongTensor` of shape `(batch,)`): ids in [0, num_classes].
             output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return each block's output.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
-
-        Returns:
-            [`IFSQDiTOutput`] or `tuple`.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
         patch_size = self.config["patch_size"]

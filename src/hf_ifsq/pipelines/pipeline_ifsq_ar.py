@@ -99,9 +99,6 @@ class IFSQARPipeline(ClassConditionalPipeline):
                 called after each token with the pipeline, the step, the step again (where diffusion pipelines give
                 the timestep), and a dictionary with `"indices"`, the ids `(batch, num_tokens)` of the images generated
                 at the time, zero where they are still to come. It returns such a dictionary; changes are taken over.
-
-        Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
         """
         # 1. Check and prepare the inputs.
         labels, batches = self._prepare(class_labels, num_images_per_label, batch_size, output_type)

@@ -127,9 +127,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 as in [`IFSQARPipeline`], but `"latent"` for the final latents, codes times `scaling_factor`.
             callback_on_step_end (`Callable`, *optional*):
                 as in [`IFSQARPipeline`], with the scheduler's timestep of the model's last call and with `"latents"`.
-
-        Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`: the `images`.
         """
         # 1. Check and prepare the inputs.
         labels, batches = self._prepare(class_labels, num_images_per_label, batch_size, output_type)

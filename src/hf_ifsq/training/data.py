@@ -51,13 +51,9 @@ def load_splits(
     dataset_name: str | None = None, *, dataset_config_name: str | None = None, train_data_dir: str | None = None
 ) -> DatasetDict:
     """
-    Load all splits of a dataset, which one of two arguments names.
-
-    Args:
-        dataset_name (`str`, *optional*):
-            a dataset of the Hub, or locally a folder that `datasets` can load or has saved, or a parquet file.
-        dataset_config_name (`str`, *optional*): configuration of the dataset, if it has several.
-        train_data_dir (`str`, *optional*): a folder in the layout of `datasets`' imagefolder.
+    Load all splits of a dataset: `dataset_name` is one of the Hub, or locally a folder that `datasets` can load or has
+    saved, or a parquet file; `dataset_config_name` tells several configurations apart; `train_data_dir`, in place of
+    both, is a folder in the layout of `datasets`' imagefolder.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(

@@ -26,11 +26,9 @@ def make_optimizer(
     Args:
         parameters (`Iterable[torch.nn.Parameter]`): what is trained.
         num_training_steps (`int`): optimizer steps, over which the schedule runs.
-        num_processes (`int`, *optional*, defaults to 1):
-            processes that train together: Accelerate advances a prepared schedule once for each of them.
-        learning_rate, lr_scheduler, lr_warmup_steps: rate after the steps of warmup from zero, and a name of
-            `diffusers.optimization`.
-        adam_beta1, adam_beta2, adam_weight_decay, adam_epsilon (`float`, *optional*): of AdamW.
+        num_processes (`int`, *optional*, defaults to 1): Accelerate advances a schedule once for each of them.
+        lr_scheduler (`str`, *optional*, defaults to `"constant"`): a name of `diffusers.optimization`.
+        others: as their names say; the learning rate is that after the steps of warmup from zero.
     """
     betas = (adam_beta1, adam_beta2)
     optimizer = torch.optim.AdamW(

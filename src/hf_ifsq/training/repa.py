@@ -28,13 +28,12 @@ class RepresentationAlignment(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
         """
+        Minus the mean cosine similarity, a scalar in [-1, 1].
+
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, tokens, hidden_size)`):
-                in raster order; in an AR model position i is the one that predicts token i.
+                in raster order. In the AR model position i is the one that predicts token i.
             teacher_features (`torch.Tensor` of shape `(batch, tokens, teacher_hidden_size)`): of the same cells.
-
-        Returns:
-            `torch.Tensor`: minus the mean cosine similarity, a scalar in [-1, 1].
         """
         if hidden_states.shape[:2] != teacher_features.shape[:2]:
             raise ValueError(
