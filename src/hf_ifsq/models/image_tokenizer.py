@@ -23,12 +23,8 @@ from .quantization import check_indices
 
 class ImageTokenizer(nn.Module, ABC):
     """
-    A tokenizer model seen as a map from images to codes, integers where it has a codebook, and back. `codes` are the
-    values that its decoder takes, of shape `(batch, latent_channels, rows, columns)`. It has no weights of its own:
-    what is saved is `model`.
-
-    Args:
-        model ([`AutoencoderIFSQ`], [`~diffusers.VQModel`] or [`~diffusers.AutoencoderKL`]): the tokenizer.
+    A tokenizer `model` seen as a map from images to codes, integers where it has a codebook, and back. `codes` are the
+    values that its decoder takes, `(batch, latent_channels, rows, columns)`. It has no weights of its own.
 
     Attributes:
         grid_size (`tuple[int, int]`): rows and columns of the codes of an image of the model's `sample_size`.

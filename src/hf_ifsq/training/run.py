@@ -50,8 +50,7 @@ class TrainingRun:
     Args:
         output_dir (`str`): where everything is written.
         arguments (`Mapping[str, Any]`, *optional*): what the tracker shows as the configuration of the run.
-        others: the arguments of the same names of the training scripts, see
-            [`~hf_ifsq.training.arguments.TrainingArguments`].
+        others: as in [`~hf_ifsq.training.arguments.TrainingArguments`].
 
     Attributes:
         accelerator ([`~accelerate.Accelerator`]): devices, processes, mixed precision, gradient accumulation.
