@@ -132,10 +132,10 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     start = run.num_steps if args.discriminator_start_step is None else args.discriminator_start_step
     discriminator_steps = range(start, run.num_steps, 2)
 
-    # 3. Optimizers. Generator and discriminator take turns, and the schedule of each counts its own steps.
+    # 3. Optimizers. Tokenizer and discriminator take turns, and the schedule of each counts its own steps.
     optimization = {"num_processes": accelerator.num_processes, **values_for(make_optimizer, args)}
-    num_generator_steps = run.num_steps - len(discriminator_steps)
-    optimizer, lr_scheduler = make_optimizer(tokenizer.parameters(), num_generator_steps, **optimization)
+    num_tokenizer_steps = run.num_steps - len(discriminator_steps)
+    optimizer, lr_scheduler = make_optimizer(tokenizer.parameters(), num_tokenizer_steps, **optimization)
     adversary = []
     if args.discriminator_start_step is not None:
         discriminator = adversarial.PatchDiscriminator(args.channels, num_layers=args.discriminator_layers)
@@ -145,7 +145,7 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     tokenizer, optimizer, lr_scheduler, train_loader, *adversary = run.prepare(
         tokenizer, optimizer, lr_scheduler, train_loader, *adversary, saved=model
     )
-    players = {"generator": (tokenizer, optimizer, lr_scheduler), "discriminator": tuple(adversary)}
+    players = {"tokenizer": (tokenizer, optimizer, lr_scheduler), "discriminator": tuple(adversary)}
     last_layer = model.decoder.conv_out
     if adversary:
         adversarial.remember_input(last_layer)
@@ -154,11 +154,11 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     model.train()
     metrics = None
     for batch in train_loader:
-        turn = "discriminator" if run.global_step in discriminator_steps else "generator"
+        turn = "discriminator" if run.global_step in discriminator_steps else "tokenizer"
         player, optimizer, lr_scheduler = players[turn]
         with accelerator.accumulate(player):
             pixel_values = batch["pixel_values"]
-            if turn == "generator":
+            if turn == "tokenizer":
                 discriminator = accelerator.unwrap_model(adversary[0]) if run.global_step > start else None
                 loss, terms = losses(*tokenizer(pixel_values), pixel_values, discriminator, last_layer, accelerator)
                 run.record(loss=loss, **terms)
@@ -176,7 +176,7 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
             lr_scheduler.step()
             optimizer.zero_grad()
         if accelerator.sync_gradients:
-            run.end_step(learning_rate, model_changed=turn == "generator")
+            run.end_step(learning_rate, model_changed=turn == "tokenizer")
             if run.validation_due:
                 metrics = validate(run, shown_data, validation_loader, args.num_validation_images)
 
@@ -239,7 +239,7 @@ class TokenizerLosses(nn.Module):
             terms["perceptual_loss"] = self.lpips(sample, pixel_values).mean()
             loss = loss + self.weights["perceptual"] * terms["perceptual_loss"]
         if discriminator is not None:
-            terms["adversarial_loss"], terms["adaptive_weight"] = adversarial.generator_loss(
+            terms["adversarial_loss"], terms["adaptive_weight"] = adversarial.adversarial_loss(
                 discriminator, sample, loss, last_layer, reduce=lambda gradient: accelerator.reduce(gradient, "mean")
             )
             loss = loss + self.weights["adversarial"] * terms["adaptive_weight"] * terms["adversarial_loss"]

@@ -293,8 +293,8 @@ def test_tokenizer_loads_and_its_numbers_are_true(workspace):
 
 def test_generator_and_discriminator_take_turns(workspace):
     log = [entry for entry in read_log(workspace.trained("train_tokenizer")) if "validation_psnr_db" not in entry]
-    turns = ["discriminator" if "discriminator_loss" in entry else "generator" for entry in log]
-    assert turns == ["generator"] * 3 + ["discriminator", "generator"] * 4 + ["discriminator"]
+    turns = ["discriminator" if "discriminator_loss" in entry else "tokenizer" for entry in log]
+    assert turns == ["tokenizer"] * 3 + ["discriminator", "tokenizer"] * 4 + ["discriminator"]
     for entry in log:
         assert ("discriminator_loss" in entry) != ("loss" in entry)
         assert ("adaptive_weight" in entry) == (entry["step"] in (5, 7, 9, 11))

@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from hf_ifsq import AutoencoderIFSQ
-from hf_ifsq.training.adversarial import PatchDiscriminator, generator_loss, hinge_loss, remember_input
+from hf_ifsq.training.adversarial import PatchDiscriminator, adversarial_loss, hinge_loss, remember_input
 
 
 def test_layers_are_those_of_the_official_discriminator():
@@ -69,7 +69,7 @@ def test_adaptive_weight_equals_a_computation_by_hand(last_layer):
     def discriminator(images):
         return pixels(slope) * images
 
-    loss, got = generator_loss(discriminator, images, reconstruction_loss, last_layer, equal_on_all_processes)
+    loss, got = adversarial_loss(discriminator, images, reconstruction_loss, last_layer, equal_on_all_processes)
     assert got.item() == pytest.approx(expected, rel=1e-5)
     assert loss.item() == pytest.approx(-(slope * (hidden @ weight.T)).mean(), rel=1e-5)
     assert not got.requires_grad
@@ -81,9 +81,9 @@ def test_adaptive_weight_equals_a_computation_by_hand(last_layer):
 
 def test_adaptive_weight_is_limited(last_layer):
     images = last_layer(torch.ones(1, 4, 2, 2))
-    weight = generator_loss(lambda images: 0 * images, images, 1e9 * images.sum(), last_layer, equal_on_all_processes)[
-        1
-    ]
+    weight = adversarial_loss(
+        lambda images: 0 * images, images, 1e9 * images.sum(), last_layer, equal_on_all_processes
+    )[1]
     assert weight == 1e4
 
 
@@ -98,7 +98,7 @@ def test_adaptive_weight_is_that_of_the_mean_gradient():
         return (gradient + gradient * torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1)) / 2
 
     images = last_layer(torch.tensor([4.0, 3.0]).view(1, 2, 1, 1))
-    got = generator_loss(lambda images: -2 * images, images, images.sum(), last_layer, reduce)[1]
+    got = adversarial_loss(lambda images: -2 * images, images, images.sum(), last_layer, reduce)[1]
     assert got.item() == pytest.approx(3 / (6 + 1e-4))
     assert [gradient.tolist() for gradient in gradients] == [[4, 3], [8, 6]]
 
@@ -106,7 +106,7 @@ def test_adaptive_weight_is_that_of_the_mean_gradient():
 def test_the_discriminator_is_not_trained_by_the_generator(last_layer):
     discriminator = PatchDiscriminator(3, width=4, num_layers=2)
     images = last_layer(torch.rand(2, 4, 16, 16))
-    loss, weight = generator_loss(discriminator, images, images.abs().mean(), last_layer, equal_on_all_processes)
+    loss, weight = adversarial_loss(discriminator, images, images.abs().mean(), last_layer, equal_on_all_processes)
     assert loss.item() == pytest.approx(-discriminator(images).mean().item(), rel=1e-5)
     (weight * loss).backward()
     assert last_layer.weight.grad.abs().sum() > 0
@@ -117,7 +117,7 @@ def test_a_layer_that_does_not_remember():
     layer = nn.Conv2d(3, 3, 1)
     images = layer(torch.rand(1, 3, 16, 16))
     with pytest.raises(ValueError, match="`last_layer` must have kept its input: call `remember_input` before"):
-        generator_loss(nn.Identity(), images, images.sum(), layer, equal_on_all_processes)
+        adversarial_loss(nn.Identity(), images, images.sum(), layer, equal_on_all_processes)
 
 
 def test_no_value_is_read():
@@ -125,7 +125,7 @@ def test_no_value_is_read():
         layer, discriminator = nn.Conv2d(4, 3, 3, padding=1), PatchDiscriminator(3, width=4, num_layers=2)
         remember_input(layer)
         images = layer(torch.rand(2, 4, 16, 16))
-        loss, weight = generator_loss(discriminator, images, images.abs().mean(), layer, equal_on_all_processes)
+        loss, weight = adversarial_loss(discriminator, images, images.abs().mean(), layer, equal_on_all_processes)
         (weight * loss + hinge_loss(*discriminator(images).chunk(2))).backward()
         assert layer.weight.grad.shape == layer.weight.shape
 
@@ -173,7 +173,7 @@ def test_compiled_models(options):
         images = compiled(pixel_values).sample
         reconstruction_loss = F.l1_loss(images, pixel_values)
         arguments = (compiled_discriminator, images, reconstruction_loss, last_layer, equal_on_all_processes)
-        adversarial_loss, got = generator_loss(*arguments)
+        adversarial_loss, got = adversarial_loss(*arguments)
         (reconstruction_loss + 0.5 * got * adversarial_loss).backward()
         assert got.item() == pytest.approx(weight.item(), rel=1e-5)
         for parameter, expected in zip(parameters, gradients):

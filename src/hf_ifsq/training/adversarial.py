@@ -53,7 +53,7 @@ def hinge_loss(real_scores: torch.Tensor, fake_scores: torch.Tensor) -> torch.Te
 
 
 def remember_input(last_layer: nn.Conv2d) -> None:
-    """Let the layer that makes the images keep its latest input for [`generator_loss`]. Call it before it runs."""
+    """Let the layer that makes the images keep its latest input for [`adversarial_loss`]. Call it before it runs."""
 
     def remember(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         if torch.is_grad_enabled():
@@ -62,7 +62,7 @@ def remember_input(last_layer: nn.Conv2d) -> None:
     last_layer.register_forward_pre_hook(remember)
 
 
-def generator_loss(
+def adversarial_loss(
     discriminator: nn.Module,
     images: torch.Tensor,
     reconstruction_loss: torch.Tensor,
