@@ -173,8 +173,8 @@ def test_compiled_models(options):
         images = compiled(pixel_values).sample
         reconstruction_loss = F.l1_loss(images, pixel_values)
         arguments = (compiled_discriminator, images, reconstruction_loss, last_layer, equal_on_all_processes)
-        adversarial_loss, got = adversarial_loss(*arguments)
-        (reconstruction_loss + 0.5 * got * adversarial_loss).backward()
+        loss, got = adversarial_loss(*arguments)
+        (reconstruction_loss + 0.5 * got * loss).backward()
         assert got.item() == pytest.approx(weight.item(), rel=1e-5)
         for parameter, expected in zip(parameters, gradients):
             torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
