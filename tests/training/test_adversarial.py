@@ -154,9 +154,9 @@ def test_compiled_models(options):
     pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
     images = model(pixel_values).sample
     reconstruction_loss = F.l1_loss(images, pixel_values)
-    adversarial_loss = -discriminator(images).mean()
-    weight = equation_7(reconstruction_loss, adversarial_loss, last_layer.weight)
-    loss = reconstruction_loss + 0.5 * weight * adversarial_loss
+    minus_score = -discriminator(images).mean()
+    weight = equation_7(reconstruction_loss, minus_score, last_layer.weight)
+    loss = reconstruction_loss + 0.5 * weight * minus_score
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss, parameters)
 
