@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from hf_ifsq.conversion import Conversion, assemble_pipeline, convert_checkpoint
 from hf_ifsq.training.arguments import argument
+from hf_ifsq.training.model_card import without_local_paths
 from hf_ifsq.training.repa import RepresentationAlignment
 
 
@@ -99,7 +100,7 @@ def main(args: ConversionArguments) -> None:
     result.save_pretrained(output_dir)
     for file, alignment in name_alignments(conversion).items():
         save_file(alignment.state_dict(), output_dir / file)
-    card = make_model_card(args, conversion, result, repo_id or args.output_dir)
+    card = make_model_card(args, conversion, result, repo_id or without_local_paths(args.output_dir))
     (output_dir / "README.md").write_text(card, "utf-8")
     logging.getLogger(__name__).info(f"Wrote {type(result).__name__} to {output_dir}.")
     if repo_id is not None:

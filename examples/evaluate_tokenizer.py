@@ -53,7 +53,7 @@ class EvaluationArguments:
     image_column: str = argument("image", "Column of the dataset with the images.")
     max_samples: int | None = argument(None, "Measure on at most this many images, drawn by a fixed seed.")
     resolution: int = argument(256, "Side in pixels of the square images.")
-    batch_size: int = argument(16, "Images a device and forward pass.")
+    batch_size: int = argument(16, "Images per device and forward pass.")
     dataloader_num_workers: int = argument(0, "Processes that load images, for each process of the script.")
     lpips_vgg: str | None = argument(None, "VGG16 for LPIPS: a Hub name, a folder or a safetensors file.")
     feature_extractor: str | None = argument(None, "Vision model for the Fréchet distance: a folder or Hub name.")

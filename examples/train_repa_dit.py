@@ -74,6 +74,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         id2label=id2label,
         levels=tokenizer.levels,
         scaling_factor=tokenizer.scaling_factor,
+        equal_bins=tokenizer.equal_bins,
     )
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -4,8 +4,7 @@ Train an image tokenizer: iFSQ, or one of its baselines with the same encoder, d
     accelerate launch examples/train_tokenizer.py --config examples/recipes/ifsq_f16_d4_4bit.yaml \\
         --dataset_name DATASET --output_dir outputs/tokenizer
 
-The output is a folder for `from_pretrained` of `AutoencoderIFSQ`, or of diffusers' `VQModel` or `AutoencoderKL`. All
-arguments: `--help`.
+The output is a folder for `from_pretrained` of `AutoencoderIFSQ`, `VQModel` or `AutoencoderKL`. Arguments: `--help`.
 """
 
 from dataclasses import asdict, dataclass
@@ -243,6 +242,7 @@ class TokenizerLosses(nn.Module):
                 discriminator, sample, loss, last_layer, reduce=lambda gradient: accelerator.reduce(gradient, "mean")
             )
             loss = loss + self.weights["adversarial"] * terms["adaptive_weight"] * terms["adversarial_loss"]
+        adversarial.forget_input(last_layer)
         if self.weights["bottleneck"] > 0:
             terms["bottleneck_loss"] = bottleneck_loss
             loss = loss + self.weights["bottleneck"] * bottleneck_loss

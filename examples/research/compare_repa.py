@@ -67,7 +67,7 @@ class ComparisonArguments:
     num_attention_heads: int = argument(4, "Attention heads of the generator.")
     vocab_sizes: list[int] | None = argument(None, "Factors of a token, for the autoregressive generator.")
     repa_weight: float | None = argument(None, "Weight of the alignment; by default that of the training script.")
-    train_batch_size: int = argument(32, "Images a step.")
+    train_batch_size: int = argument(32, "Images per step.")
     max_train_steps: int = argument(1500, "Steps of both generators.")
     learning_rate: float = argument(1e-3, "Learning rate of both, with warmup and cosine schedule.")
     validation_steps: int = argument(300, "Steps between two validations.")
@@ -302,7 +302,7 @@ def plot_curves(results: dict[str, Any], names: list[str], file: Path) -> None:
 
 
 def draw_samples(args: ComparisonArguments, file: Path, count: int = 6) -> None:
-    """A row a class, both variants side by side, from the same random numbers."""
+    """A row per class, both variants side by side, from the same random numbers."""
     figure, axes = plt.subplots(1, len(VARIANTS), figsize=(6.2, 4.8), layout="constrained")
     for axis, (variant, title) in zip(axes, VARIANTS.items()):
         pipeline = load_pipeline(args, variant, args.max_train_steps)

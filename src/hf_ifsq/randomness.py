@@ -10,8 +10,7 @@ def image_generators(
 ) -> list[torch.Generator]:
     """
     One random generator for each of `num_images` images. A list of them, or a single one for a single image, is used
-    as it is. From a single one for several images a seed is drawn for each image first, from the global one if there
-    is none.
+    as it is. From a single one for several images, or from the global one if there is none, seeds are drawn first.
     """
     if generator is None or (isinstance(generator, torch.Generator) and num_images != 1):
         device = None if generator is None else generator.device

@@ -363,11 +363,20 @@ def hub():
     server.server_close()
 
 
-def run_example(card):
-    """The namespace after the Python code in a model card."""
-    namespace = {}
-    exec(re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1], namespace)
-    return namespace
+@pytest.fixture
+def run_example(monkeypatch):
+    """Runs the Python code in the model card of a folder, beside the folder; returns the namespace after it."""
+
+    def run(output_dir):
+        namespace = {}
+        monkeypatch.chdir(output_dir.parent)
+        card = (output_dir / "README.md").read_text()
+        # Where the model lies is nobody else's business.
+        assert str(output_dir.parent) not in card
+        exec(re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)[1], namespace)
+        return namespace
+
+    return run
 
 
 def run_script_with_push(hub, home, *arguments):
@@ -407,13 +416,13 @@ def script():
     del sys.modules[spec.name]
 
 
-def test_script_without_push(script, tmp_path):
+def test_script_without_push(script, run_example, tmp_path):
     output_dir = tmp_path / "outputs" / "vq"
     script.main(script.ConversionArguments(checkpoint=str(VQ_FILE), output_dir=str(output_dir)))
     card = (output_dir / "README.md").read_text()
     assert ModelCard(card).data.to_dict() == {"library_name": "diffusers", "tags": ["hf-ifsq"]}
     assert "a LlamaGen VQ tokenizer under `model` in `vq_tiny.pt`" in card
-    example = run_example(card)
+    example = run_example(output_dir)
     assert type(example["model"]) is VQModel
     assert_equal_weights(example["model"], convert_checkpoint(VQ_FILE).model)
 
@@ -466,12 +475,12 @@ def test_ar_pipeline_with_push(tmp_path, hub, tokenizer_folder):
     assert pipe(3).images[0].size == (16, 16)
 
 
-def test_dit_pipeline(script, tmp_path, tokenizer_folder):
+def test_dit_pipeline(script, run_example, tmp_path, tokenizer_folder):
     output_dir = tmp_path / "dit"
     arguments = {"checkpoint": str(DIT_FILE), "tokenizer": tokenizer_folder((17,) * 4), "output_dir": str(output_dir)}
     script.main(script.ConversionArguments(**arguments))
     card = (output_dir / "README.md").read_text()
-    example = run_example(card)
+    example = run_example(output_dir)
     assert type(example["pipe"]) is IFSQDiTPipeline and example["image"].size == (16, 16)
     config = example["pipe"].transformer.config
     assert config.levels == [17] * 4
@@ -492,16 +501,17 @@ def test_scaling_factor_of_a_dit_whose_file_does_not_tell(save, tokenizer_folder
     assert pipe.tokenizer.config.scaling_factor == pipe.transformer.config.scaling_factor == 1.7
 
 
-def test_pipeline_with_class_names(script, save, tmp_path, tokenizer_folder):
+def test_pipeline_with_class_names(script, run_example, save, tmp_path, tokenizer_folder):
     content = load(LLAMAGEN_FILE)
     content["model"]["cls_embedding.embedding_table.weight"] = torch.randn(1001, 64)
     arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "grid_size": [2, 8]}
     arguments |= {"tokenizer": tokenizer_folder((17, 17)), "output_dir": str(tmp_path / "ar")}
     script.main(script.ConversionArguments(**arguments))
-    card = (tmp_path / "ar" / "README.md").read_text()
+    output_dir = tmp_path / "ar"
+    card = (output_dir / "README.md").read_text()
     assert 'pipe("golden retriever", guidance_scale=2.0)' in card and "names in `pipe.labels`" in card
     assert "Representation alignment" not in card and not (tmp_path / "ar" / "repa_projectors.safetensors").exists()
-    example = run_example(card)
+    example = run_example(output_dir)
     # Eight rows of four pixels, of a grid of 2 x 8.
     assert example["image"].size == (32, 8)
     pipe = example["pipe"]
@@ -514,7 +524,7 @@ def test_pipeline_with_class_names(script, save, tmp_path, tokenizer_folder):
         pipe("crane")
 
 
-def test_llamagen_with_its_tokenizer(script, save, tmp_path):
+def test_llamagen_with_its_tokenizer(script, run_example, save, tmp_path):
     content = load(LLAMAGEN_FILE)
     for name in ("tok_embeddings.weight", "output.weight"):
         content["model"][name] = torch.randn(128, 64)
@@ -522,12 +532,12 @@ def test_llamagen_with_its_tokenizer(script, save, tmp_path):
     script.main(script.ConversionArguments(checkpoint=str(VQ_FILE), output_dir=str(tokenizer)))
     arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "grid_size": [4]}
     script.main(script.ConversionArguments(**arguments, tokenizer=str(tokenizer), output_dir=str(output_dir)))
-    example = run_example((output_dir / "README.md").read_text())
+    example = run_example(output_dir)
     assert example["image"].size == (8, 8)
     assert_equal_weights(example["pipe"].tokenizer, convert_checkpoint(VQ_FILE).model)
 
 
-def test_generator_alone_with_several_projectors(script, save, tmp_path):
+def test_generator_alone_with_several_projectors(script, run_example, save, tmp_path):
     content = load(REPA_FILE)
     for name, weight in list(content["ema"].items()):
         if name.startswith("projectors.0."):
@@ -536,7 +546,7 @@ def test_generator_alone_with_several_projectors(script, save, tmp_path):
     arguments = {"checkpoint": str(save(content)), "num_attention_heads": 4, "output_dir": str(output_dir)}
     script.main(script.ConversionArguments(**arguments))
     card = (output_dir / "README.md").read_text()
-    assert type(run_example(card)["model"]) is IFSQARForImageGeneration
+    assert type(run_example(output_dir)["model"]) is IFSQARForImageGeneration
     for index in range(2):
         file = f"repa_projectors_{index}.safetensors"
         assert f'load_file("{file}")' in card

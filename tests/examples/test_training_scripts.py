@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenize_dataset import TokenDatasetWriter
+from token_dataset_writer import TokenDatasetWriter
 from transformers import ViTConfig, ViTModel
 
 from hf_ifsq import AutoencoderIFSQ, IFSQARPipeline, IFSQDiTPipeline

@@ -512,9 +512,9 @@ def test_a_tokenizer_exchanged_later(make_pipeline, make_tokenizer, kind):
         pipeline(0)
 
 
-@pytest.mark.parametrize("name, wrong", [("levels", [3, 5]), ("scaling_factor", 1.25)])
+@pytest.mark.parametrize("name, wrong", [("levels", [3, 5]), ("equal_bins", True), ("scaling_factor", 1.25)])
 def test_codes_of_another_tokenizer(make_pipeline, make_tokenizer, tmp_path, name, wrong):
-    pipeline = make_pipeline("dit", levels=(5, 3), scaling_factor=1.5)
+    pipeline = make_pipeline("dit", levels=(5, 3), equal_bins=False, scaling_factor=1.5)
     pipeline.save_pretrained(tmp_path)
     loaded = IFSQDiTPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"`{name}`.*`tokenizer` has {re.escape(str(wrong))}"):

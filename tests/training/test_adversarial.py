@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from hf_ifsq import AutoencoderIFSQ
-from hf_ifsq.training.adversarial import PatchDiscriminator, adversarial_loss, hinge_loss, remember_input
+from hf_ifsq.training.adversarial import PatchDiscriminator, adversarial_loss, forget_input, hinge_loss, remember_input
 
 
 def test_layers_are_those_of_the_official_discriminator():
@@ -70,7 +70,7 @@ def test_adaptive_weight_equals_a_computation_by_hand(last_layer):
         return pixels(slope) * images
 
     loss, got = adversarial_loss(discriminator, images, reconstruction_loss, last_layer, equal_on_all_processes)
-    assert got.item() == pytest.approx(expected, rel=1e-5)
+    assert got.item() == pytest.approx(expected, rel=1e-6)
     assert loss.item() == pytest.approx(-(slope * (hidden @ weight.T)).mean(), rel=1e-5)
     assert not got.requires_grad
     # The graph is still there to be trained on.
@@ -111,6 +111,16 @@ def test_the_discriminator_is_not_trained_by_the_generator(last_layer):
     (weight * loss).backward()
     assert last_layer.weight.grad.abs().sum() > 0
     assert all(parameter.grad is None and parameter.requires_grad for parameter in discriminator.parameters())
+
+
+def test_a_layer_forgets_its_input(last_layer):
+    images = last_layer(torch.rand(1, 4, 2, 2))
+    forget_input(last_layer)
+    # It is a tensor the size of a whole feature map.
+    assert not [value for value in vars(last_layer).values() if isinstance(value, torch.Tensor)]
+    with pytest.raises(ValueError, match="must have kept its input"):
+        adversarial_loss(nn.Identity(), images, images.sum(), last_layer, equal_on_all_processes)
+    forget_input(last_layer)
 
 
 def test_a_layer_that_does_not_remember():

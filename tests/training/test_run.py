@@ -245,7 +245,7 @@ def test_a_checkpoint_holds_a_usable_model(start):
     assert torch.equal(saved.layer.weight, run.saved_model.layer.weight)
 
 
-def test_a_checkpoint_stores_each_set_of_weights_once_and_no_pickle_that_could_run_code(start, monkeypatch):
+def test_a_checkpoint_stores_the_average_once_and_no_pickle_that_could_run_code(start, monkeypatch):
     run = start(checkpointing_steps=4, max_train_steps=4, use_ema=True)
     train(run)
     files = sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*.safetensors"))
@@ -419,6 +419,11 @@ def test_nothing_published_says_where_it_lay(start, monkeypatch, tmp_path):
     assert "accelerate launch train.py --output_dir=out --teacher vit\n" in card and run.model_name == "out"
 
 
+@pytest.mark.parametrize("place", ["/home/alice", "~", "..", "file:///home/alice", "--config=/home/alice"])
+def test_values_that_name_a_place_of_the_machine_are_shortened(place):
+    assert without_local_paths(f"{place}/birds") == ("--config=birds" if place.startswith("--") else "birds")
+
+
 @pytest.mark.parametrize(
     "value", ["org/birds", "outputs/tokens", "data", "facebook/dinov2-base", 3, None, 1e-4, True, [17, 17]]
 )
@@ -456,6 +461,8 @@ def test_evaluation_is_in_the_precision_of_the_weights(start):
 def test_order_of_calls(start):
     with pytest.raises(RuntimeError, match="number of steps is not known before `dataloader`"):
         _ = start(max_train_steps=None).num_steps
+    with pytest.raises(RuntimeError, match="`saved_model` is not there before `prepare`"):
+        _ = start().saved_model
 
 
 @pytest.mark.parametrize("mode, options", [(None, {}), ("reduce-overhead", {"triton.cudagraphs": True})])

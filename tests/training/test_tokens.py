@@ -12,10 +12,11 @@ import torch
 from datasets import ClassLabel, Value
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
-from tokenize_dataset import ShardBatches, TokenDatasetWriter
+from token_dataset_writer import ShardBatches, TokenDatasetWriter
 from transformers import ViTConfig, ViTModel
 
 import hf_ifsq
+from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import GeneratorArguments
 from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, fingerprint, load_token_dataset
@@ -146,7 +147,7 @@ def test_cached_rows_are_never_those_of_another_folder_or_time(tmp_path):
 
 
 def test_shards_have_several_row_groups_where_rows_are_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenize_dataset.ROW_GROUP_BYTES", 4000)
+    monkeypatch.setattr("token_dataset_writer.ROW_GROUP_BYTES", 4000)
     info = make_info({"train": 40}, teacher={"name_or_path": "vit", "hidden_size": 6})
     columns = random_columns(40, width=6)
     writer = TokenDatasetWriter(tmp_path / "tokens", info, ClassLabel(names=NAMES))
@@ -315,6 +316,28 @@ def test_folders_that_are_no_finished_token_dataset(token_folder, tmp_path, monk
 
 
 # --- the source of the training scripts ---
+
+
+@pytest.mark.parametrize("model_class", [AutoencoderIFSQ, VQModel, AutoencoderKL])
+def test_fingerprint_tells_weights_apart(make_autoencoder, make_baseline, model_class):
+    model = make_autoencoder() if model_class is AutoencoderIFSQ else make_baseline(model_class)
+    before = fingerprint(as_image_tokenizer(model))
+    assert before["class"] == type(model).__name__ and before["grid_size"] == [4, 4]
+    assert fingerprint(as_image_tokenizer(model)) == before
+    with torch.no_grad():
+        model.decoder.conv_out.bias[1] += 1e-3
+    after = fingerprint(as_image_tokenizer(model))
+    assert [name for name in before if before[name] != after[name]] == ["weights_sha256"]
+
+
+@pytest.mark.parametrize("name, value", [("alpha", 2.0), ("bound", "normal"), ("equal_bins", True)])
+def test_fingerprint_tells_options_of_the_quantizer_apart(make_autoencoder, name, value):
+    """None of them is in the weights."""
+    model = make_autoencoder()
+    other = make_autoencoder(**{name: value})
+    other.load_state_dict(model.state_dict())
+    before, after = (fingerprint(as_image_tokenizer(tokenizer)) for tokenizer in (model, other))
+    assert [key for key in before if before[key] != after[key]] == [name] and after[name] == value
 
 
 @pytest.fixture

@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from hf_ifsq import AutoencoderIFSQ, IFSQARConfig, IFSQARForImageGeneration, IFSQDiTTransformer2DModel
-from hf_ifsq.training.arguments import GeneratorArguments, argument
-from hf_ifsq.training.data import ResumableSampler
+from hf_ifsq.models.image_tokenizer import load_image_tokenizer
+from hf_ifsq.training.arguments import argument
+from hf_ifsq.training.data import ImageTransform, ResumableSampler, load_image_dataset
 from hf_ifsq.training.losses import velocity_loss
 from hf_ifsq.training.tokens import TokenSource
 
@@ -62,16 +63,12 @@ def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
         command = [sys.executable, TOKENIZE, "--dataset_name", images, "--tokenizer", tokenizer, *same]
         subprocess.run([*command, "--output_dir", f"{folder}/tokens"], check=True)
         sources = {
-            "images": GeneratorArguments(
-                dataset_name=images,
-                tokenizer=tokenizer,
-                resolution=args.resolution,
-                max_train_samples=args.max_train_samples,
-            ),
-            "tokens": GeneratorArguments(token_dataset=f"{folder}/tokens", tokenizer=tokenizer),
+            "images": load_images(images, tokenizer, args.max_train_samples, args.resolution),
+            "tokens": TokenSource.from_token_dataset(f"{folder}/tokens", tokenizer),
         }
+        sources["images"].tokenizer.to(accelerator.device)
         trainings = {
-            (generator, name): make_step(args, accelerator, generator, source.load_source(accelerator.device))
+            (generator, name): make_step(args, accelerator, generator, source)
             for generator in ("AR", "DiT")
             for name, source in sources.items()
         }
@@ -89,6 +86,13 @@ def main(args: BenchmarkArguments) -> dict[str, dict[str, float]]:
         slow, fast = medians[generator, "images"], medians[generator, "tokens"]
         print(f"| {generator} | {slow:.2f} | {fast:.2f} | {fast / slow:.2f} |")
     return medians
+
+
+def load_images(dataset_name: str, tokenizer: str, max_samples: int, resolution: int) -> TokenSource:
+    """Images that are tokenized on the way."""
+    rows, _ = load_image_dataset(dataset_name, max_train_samples=max_samples)
+    loaded = load_image_tokenizer(tokenizer, sample_size=resolution)
+    return TokenSource.from_images(rows, None, loaded, ImageTransform(resolution, loaded.in_channels))
 
 
 def make_step(

@@ -156,5 +156,5 @@ def assemble_pipeline(
     components: dict[str, Any] = {"transformer": model, "tokenizer": loaded.model}
     if isinstance(model, IFSQARForImageGeneration):
         return IFSQARPipeline(**components)
-    model.register_to_config(levels=loaded.levels, scaling_factor=loaded.scaling_factor)
+    model.register_to_config(**{name: getattr(loaded, name) for name in ("levels", "equal_bins", "scaling_factor")})
     return IFSQDiTPipeline(**components, scheduler=FlowMatchEulerDiscreteScheduler())

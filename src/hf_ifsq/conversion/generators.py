@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 
 from ..models.configuration_ifsq_ar import SIZES, IFSQARConfig
+from ..models.grid import as_grid
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
 from ..models.rotary import rotary_table_2d
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
@@ -92,7 +93,7 @@ def convert_llamagen_ar(
     if num_attention_heads < 1:
         raise ValueError(f"`num_attention_heads` must be at least 1, got {num_attention_heads}.")
     if grid_size is not None:
-        grid_size = [grid_size] * 2 if isinstance(grid_size, int) else list(grid_size)
+        grid_size = list(as_grid(grid_size, "grid_size"))
     # The config of iFSQ's files tells the grid.
     pixels = config_value(config, "data", "image_size")
     pixels_per_token = config_value(config, "fsq", "downsample_ratio")

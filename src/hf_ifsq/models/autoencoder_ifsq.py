@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .grid import as_grid
+from .grid import token_grid
 from .loading import StrictLoadingMixin
 from .quantization import FiniteScalarQuantizer
 
@@ -144,13 +144,7 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         self.post_quant_conv = nn.Conv2d(len(levels), z_channels, 1)
         self.decoder = Decoder(z_channels, out_channels, up_block_types=("UpDecoderBlock2D",) * depth, **blocks)
         self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
-        height, width = as_grid(sample_size)
-        if height % self.downsampling_factor or width % self.downsampling_factor:
-            raise ValueError(
-                f"`sample_size` must be a multiple of the downsampling factor {self.downsampling_factor} that "
-                f"{len(block_out_channels)} `block_out_channels` give, got {sample_size}."
-            )
-        self.grid_size = (height // self.downsampling_factor, width // self.downsampling_factor)
+        self.grid_size = token_grid(sample_size, self.downsampling_factor)
         self.use_slicing = False
         self.use_tiling = False
 

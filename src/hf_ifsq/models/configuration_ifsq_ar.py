@@ -98,9 +98,7 @@ class IFSQARConfig(PreTrainedConfig):
         """Raises a `ValueError` if the sizes contradict each other; run on construction."""
         if not self.vocab_sizes or min(self.vocab_sizes) < 2:
             raise ValueError(f"`vocab_sizes` must be one or more integers of at least 2, got {self.vocab_sizes}.")
-        sides = [self.grid_size] * 2 if isinstance(self.grid_size, int) else self.grid_size
-        if len(sides) != 2 or min(sides) < 1:
-            raise ValueError(f"`grid_size` must be two positive integers, rows and columns, got {self.grid_size}.")
+        as_grid(self.grid_size, "grid_size")
         if len(self.vocab_sizes) > self.num_tokens + 1:
             raise ValueError(
                 f"`vocab_sizes` has {len(self.vocab_sizes)} factors, but the rotary table of a grid of "

@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .autoencoder_ifsq import AutoencoderIFSQ, check_pixel_values
-from .grid import as_grid
+from .grid import token_grid
 from .loading import check_loading_info
 from .quantization import check_indices
 
@@ -31,13 +32,14 @@ class ImageTokenizer(nn.Module, ABC):
         downsampling_factor (`int`): side in pixels of the square that a code stands for.
         in_channels (`int`), latent_channels (`int`): channels of the images and of the codes.
         codebook_size (`int` or `None`): number of different tokens; `None` where codes are continuous.
-        levels (`list[int]` or `None`): levels of each channel, of finite scalar quantization alone.
+        levels (`list[int]` or `None`), equal_bins (`bool` or `None`): of finite scalar quantization alone.
         scaling_factor (`float`): what a diffusion model multiplies codes by.
     """
 
     latent_channels: int
     codebook_size: int | None = None
     levels: list[int] | None = None
+    equal_bins: bool | None = None
 
     def __init__(self, model: ModelMixin):
         super().__init__()
@@ -45,13 +47,7 @@ class ImageTokenizer(nn.Module, ABC):
         self.in_channels: int = model.config.in_channels
         self.scaling_factor: float = model.config.scaling_factor
         self.downsampling_factor = 2 ** (len(model.config.block_out_channels) - 1)
-        height, width = as_grid(model.config.sample_size)
-        if height % self.downsampling_factor or width % self.downsampling_factor:
-            raise ValueError(
-                f"The `sample_size` of the tokenizer must be a multiple of its downsampling factor "
-                f"{self.downsampling_factor}, got {(height, width)}."
-            )
-        self.grid_size = (height // self.downsampling_factor, width // self.downsampling_factor)
+        self.grid_size = token_grid(model.config.sample_size, self.downsampling_factor)
 
     @abstractmethod
     def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
@@ -120,7 +116,7 @@ class _IFSQTokenizer(ImageTokenizer):
     def __init__(self, model: AutoencoderIFSQ):
         super().__init__(model)
         self.codebook_size = model.codebook_size
-        self.levels = model.quantizer.levels
+        self.levels, self.equal_bins = model.quantizer.levels, model.quantizer.equal_bins
         self.latent_channels = len(self.levels)
 
     def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
@@ -236,4 +232,7 @@ def load_image_tokenizer(
         kwargs["sample_size"] = sample_size
     model, loading_info = classes[class_name].from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     check_loading_info(model, loading_info)
+    if Path(name_or_path).exists():
+        # It is saved with the config: where on this machine a tokenizer lay is of no use to others.
+        model.register_to_config(_name_or_path=Path(name_or_path).name)
     return as_image_tokenizer(model.eval().requires_grad_(False))

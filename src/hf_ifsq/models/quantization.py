@@ -63,7 +63,7 @@ class FiniteScalarQuantizer(nn.Module):
     (https://arxiv.org/abs/2309.15505). For an odd number of levels L, `digit = round(b * (L-1)/2) + (L-1)/2` and
     `code = (digit - (L-1)/2) / ((L-1)/2)`: the two outermost bins are half as wide as the others. An even L follows
     the FSQ paper's own code: the bound is shifted by half a bin and stretched by 1e-3, and
-    `code = (digit - L/2) / (L/2)`. With L = 2 that puts 99.99 % of a Gaussian into one code: take `equal_bins` there.
+    `code = (digit - L/2) / (L/2)`. With L = 2 that puts over 99.9 % of a Gaussian into one code: take `equal_bins`.
 
     With `equal_bins`, (-1, 1) is cut into L bins of the same width, `digit = floor((b+1)/2 * L)`, for odd and even L
     alike. Codes are the centres of the bins, `(2 * digit + 1 - L) / L`; they are not stretched to -1 and 1.

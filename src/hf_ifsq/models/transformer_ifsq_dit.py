@@ -149,7 +149,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             normalization of queries and keys: `"rms_norm"`, `"layer_norm"` or `None`.
         activation_fn (`str`, *optional*, defaults to `"swiglu"`): `"swiglu"` or `"gelu-approximate"`.
         id2label (`dict[int, str]`, *optional*): names of the classes.
-        levels (`tuple[int, ...]`, *optional*), scaling_factor (`float`, *optional*):
+        levels (`tuple[int, ...]`, *optional*), scaling_factor (`float`, *optional*), equal_bins (`bool`, *optional*):
             those of the tokenizer that the model was trained with, if it is quantized; a pipeline refuses another one.
 
     Example:
@@ -188,6 +188,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         id2label: dict[int, str] | None = None,
         levels: tuple[int, ...] | None = None,
         scaling_factor: float | None = None,
+        equal_bins: bool | None = None,
     ):
         super().__init__()
         if id2label is not None:
@@ -237,7 +238,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, in_channels, height, width)`): noisy latents `x_t`.
-            timestep (`torch.Tensor` of shape `(batch,)`): `t` in [0, 1], 0 for noise and 1 for data; not times 1000.
+            timestep (`torch.Tensor` of shape `(batch,)`): `t` in [0, 1], unchecked: 0 for noise, 1 for data.
             class_labels (`torch.LongTensor` of shape `(batch,)`): ids in [0, num_classes].
             output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return each block's output.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.

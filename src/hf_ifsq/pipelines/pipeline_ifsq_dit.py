@@ -68,7 +68,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 f"`transformer` has {config.in_channels} `in_channels`, but the codes of `tokenizer` have "
                 f"{tokenizer.latent_channels}: use the tokenizer that the model was trained with."
             )
-        for name in ("levels", "scaling_factor"):
+        for name in ("levels", "equal_bins", "scaling_factor"):
             expected, got = config[name], getattr(tokenizer, name)
             # Tuples of a config come back from JSON as lists.
             if expected is not None and np.asarray(expected).tolist() != np.asarray(got).tolist():

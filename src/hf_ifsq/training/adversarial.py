@@ -62,6 +62,11 @@ def remember_input(last_layer: nn.Conv2d) -> None:
     last_layer.register_forward_pre_hook(remember)
 
 
+def forget_input(last_layer: nn.Conv2d) -> None:
+    """Free what the layer keeps, if a step had no [`adversarial_loss`]."""
+    last_layer.__dict__.pop("latest_input", None)
+
+
 def adversarial_loss(
     discriminator: nn.Module,
     images: torch.Tensor,

@@ -90,20 +90,14 @@ def draw(rows: Dataset, limit: int | None, seed: int) -> Dataset:
 
 
 def read_class_names(rows: Dataset, label_column: str) -> dict[int, str]:
-    """
-    Names of the classes of a dataset with integer labels, by their ids from 0 on. Without names in the dataset's
-    features, a class is called by its number.
-    """
+    """Names of the classes of integer labels, by ids from 0 on; without names a class is called by its number."""
     check_labels(rows, label_column)
     names = getattr(rows.features[label_column], "names", None)
     return dict(enumerate(names or map(str, range(max(rows[label_column]) + 1))))
 
 
 def check_labels(rows: Dataset, label_column: str, num_classes: int | None = None) -> None:
-    """
-    Raise a `ValueError` unless all labels are integers in [0, num_classes), by default the number of names of the
-    dataset's features, if there are names.
-    """
+    """Raise a `ValueError` unless all labels are integers in [0, num_classes), by default the number of names."""
     if label_column not in rows.column_names:
         raise ValueError(f"`label_column` {label_column!r} is none of the columns {rows.column_names}.")
     labels = rows[label_column]

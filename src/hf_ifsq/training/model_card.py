@@ -56,6 +56,6 @@ def without_local_paths(value: Any) -> Any:
         return value
     option, equals, text = str(value).rpartition("=") if str(value).startswith("--") else ("", "", str(value))
     path = Path(text)
-    if path.is_absolute() or text.startswith("~") or ".." in path.parts:
+    if path.is_absolute() or text.startswith(("~", "file:")) or ".." in path.parts:
         text = path.name
     return f"{option}{equals}{text}"

@@ -103,6 +103,7 @@ class TrainingRun:
         set_seed(self.seed, device_specific=True)
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._ema: EMAModel | None = None
+        self._saved_model: Any = None
         self.checkpoints = Checkpoints(self.folder, self.checkpoints_total_limit)
         self._checkpoint = self.checkpoints.find(self.resume_from_checkpoint)
         state = read_state(self._checkpoint)
@@ -136,6 +137,13 @@ class TrainingRun:
         if self.max_train_steps is None:
             raise RuntimeError("The number of steps is not known before `dataloader` was called.")
         return self.max_train_steps
+
+    @property
+    def saved_model(self) -> Any:
+        """See above."""
+        if self._saved_model is None:
+            raise RuntimeError("`saved_model` is not there before `prepare` was called.")
+        return self._saved_model
 
     def facts(self) -> dict[str, str]:
         """Steps, batch, precision, averaging and seed, for the model card."""
@@ -183,7 +191,7 @@ class TrainingRun:
         model.to(self.accelerator.device)
         # Made before the trained model is wrapped in anything.
         shared = () if self.use_ema else (*source.parameters(), *source.buffers())
-        self.saved_model: Any = copy.deepcopy(source, {id(tensor): tensor for tensor in shared}).eval()
+        self._saved_model = copy.deepcopy(source, {id(tensor): tensor for tensor in shared}).eval()
         self._trained_parameters = list(source.parameters())
         if self.use_ema:
             self.saved_model.requires_grad_(False)

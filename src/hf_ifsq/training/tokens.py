@@ -82,10 +82,7 @@ class TokenDatasetInfo:
 
 
 def fingerprint(tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """
-    What makes the tokens of a tokenizer its own: class, codebook and its quantizer's options, and a SHA-256 of the
-    weights, which must not be on the meta device.
-    """
+    """What makes the tokens of a tokenizer its own: class, codebook, quantizer's options, SHA-256 of the weights."""
     digest = hashlib.sha256()
     for name, weight in sorted(tokenizer.model.state_dict().items()):
         digest.update(name.encode())
@@ -212,10 +209,7 @@ class TokenSource:
         label_column: str = "label",
         teacher: Teacher | None = None,
     ) -> "TokenSource":
-        """
-        Labelled images that are tokenized on the way, by a tokenizer and a teacher on the device of the
-        training.
-        """
+        """Labelled images that are tokenized on the way, by a tokenizer and a teacher on the training's device."""
         id2label = _read_labels(train, validation, label_column)
         options = (transform, image_column, label_column)
         validation_data = None if validation is None else ImageDataset(validation, *options)
@@ -268,10 +262,7 @@ class TokenSource:
 
     @torch.no_grad()
     def codes(self, batch: dict[str, torch.Tensor], sample_posterior: bool = False) -> torch.Tensor:
-        """
-        Codes of a batch of rows: `(batch, latent_channels, rows, columns)`. With `sample_posterior` those of an
-        `AutoencoderKL` are drawn from their distribution instead of taken at its mode.
-        """
+        """Codes of a batch of rows, `(batch, latent_channels, rows, columns)`; see [`ImageTokenizer.encode_codes`]."""
         if "indices" in batch:
             return self.tokenizer.indices_to_codes(batch["indices"].unflatten(1, self.tokenizer.grid_size))
         return self.tokenizer.encode_codes(batch["pixel_values"], sample_posterior=sample_posterior)
