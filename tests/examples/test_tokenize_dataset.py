@@ -346,8 +346,11 @@ def test_memory_does_not_grow_with_the_data(workspace, start, tmp_path):
         (process,) = start(tmp_path, argv)
         peak = 0
         while process.is_alive():
-            # Memory of its own, without files that are mapped.
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            # Memory of its own, without files that are mapped. The process may end at any moment.
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            except (FileNotFoundError, ProcessLookupError):
+                break
             peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
             time.sleep(0.005)
         finish([process])
