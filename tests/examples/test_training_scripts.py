@@ -563,6 +563,10 @@ def test_compiled_training_equals_plain_training(workspace, tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_training_compiled_by_inductor_is_killed_and_resumed(workspace, tmp_path, script):
     options = ["--max_train_steps", "20", "--validation_steps", "10", *WITHOUT_DROPOUT[script]]
+    if script == "train_tokenizer":
+        # With one channel per normalization group the biases before it have no gradient but rounding, which AdamW
+        # turns into steps of full size.
+        options += ["--block_out_channels", "64", "64", "64"]
     workspace.run(script, tmp_path / "plain", *options)
     killed = tmp_path / "killed.py"
     killed.write_text(KILLED.replace("del sys.argv[0]\n", f"sys.argv[0] = {str(EXAMPLES / f'{script}.py')!r}\n"))
