@@ -19,6 +19,7 @@ from ..models.image_tokenizer import load_image_tokenizer
 from ..vision.vision_model import Teacher
 from .data import ImageTransform, load_image_dataset
 from .model_card import without_local_paths
+from .pretrained import Pretrained
 from .tokens import TokenSource
 
 
@@ -93,7 +94,9 @@ class DataArguments:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.resolution is not None:
             # It checks its options.
-            ImageTransform(**values_for(ImageTransform, self))
+            ImageTransform(
+                **{name: value for name, value in values_for(ImageTransform, self).items() if value is not None}
+            )
 
     @property
     def data_name(self) -> str:
@@ -105,6 +108,8 @@ class DataArguments:
 class TrainingArguments(DataArguments):
     """Arguments under the names of diffusers' training examples."""
 
+    # What makes the model, unless it begins with weights.
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ()
     POSITIVE = (
         *DataArguments.POSITIVE,
         *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_validation_samples"),
@@ -113,6 +118,11 @@ class TrainingArguments(DataArguments):
 
     output_dir: str = argument("outputs/model", "Folder of the trained model, its model card and its checkpoints.")
     max_validation_samples: int = argument(1000, "Validate on at most this many images, drawn by the seed.")
+
+    pretrained_model_name_or_path: str | None = argument(
+        None, "Weights to begin with: a folder or Hub name of a model, or of a pipeline that has one."
+    )
+    subfolder: str | None = argument(None, "Folder of the model in it; by default that of a pipeline, or the root.")
 
     train_batch_size: int = argument(16, "Images per device and forward pass.")
     num_train_epochs: float = argument(100, "Times that the dataset is gone through, without `max_train_steps`.")
@@ -148,8 +158,22 @@ class TrainingArguments(DataArguments):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        if self.pretrained_model_name_or_path is not None:
+            for name in self.ARCHITECTURE:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` must be left out with `pretrained_model_name_or_path`, whose model has its own, "
+                        f"got {getattr(self, name)}."
+                    )
+        elif self.subfolder is not None:
+            raise ValueError(f"`subfolder` is for a `pretrained_model_name_or_path`, got {self.subfolder!r} alone.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+
+    def pretrained(self, component: str) -> Pretrained | None:
+        """The model to begin with, if one is named; `component` is what it is called in a pipeline."""
+        name_or_path = self.pretrained_model_name_or_path
+        return None if name_or_path is None else Pretrained(name_or_path, component, self.subfolder)
 
     def facts(self, resolution: int, num_parameters: int) -> dict[str, str]:
         """Data, size and learning rate, for the model card."""

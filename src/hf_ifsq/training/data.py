@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -181,8 +182,8 @@ class ImageDataset(torch.utils.data.Dataset):
     """
     Rows with images as `pixel_values`, float32 of shape `(channels, resolution, resolution)` in [-1, 1], and, if there
     is a `label_column`, `class_labels`. It is read by `(index, position)`, where `position` counts all images read in
-    training: random crop and flip are functions of the transform's seed and of that position. A plain `index` gives
-    the plain image.
+    training: random crop and flip are functions of the transform's seed and of that position, which the item holds for
+    all else that is random. A plain `index` gives the plain image, with the index as its `position`.
     """
 
     rows: Dataset
@@ -193,16 +194,16 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, position = key if isinstance(key, tuple) else (key, None)
         row = self.rows[index]
         try:
-            item = {"pixel_values": self.transform(row[self.image_column], position)}
+            item: dict[str, Any] = {"pixel_values": self.transform(row[self.image_column], position)}
         except ValueError as error:
             raise ValueError(f"Row {index} of `image_column` {self.image_column!r}: {error}") from error
         if self.label_column is not None:
             item["class_labels"] = torch.tensor(row[self.label_column])
-        return item
+        return item | {"position": index if position is None else position}
 
 
 @dataclass

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class TokenDataset(torch.utils.data.Dataset):
     """
     Rows of a token dataset as `indices`, int64 of shape `(tokens,)`, `class_labels`, and, if asked for,
     `teacher_features`, float16 of shape `(tokens, width)`. It is read like an [`ImageDataset`], by `index` or by
-    `(index, position)`; the position makes no difference, since crops and flips are in the rows already.
+    `(index, position)`; the position makes no difference to the rows, which have crops and flips in them already.
     """
 
     def __init__(self, rows: Dataset, with_teacher_features: bool = False):
@@ -144,10 +144,12 @@ class TokenDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        row = self.rows[key[0] if isinstance(key, tuple) else key]
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, position = key if isinstance(key, tuple) else (key, key)
+        row = self.rows[index]
         # Copies: what lies in a memory-mapped file is read-only.
-        item = {"indices": torch.from_numpy(_first_row(row["indices"]).astype(np.int64))}
+        indices = torch.from_numpy(_first_row(row["indices"]).astype(np.int64))
+        item: dict[str, Any] = {"indices": indices, "position": position}
         item["class_labels"] = torch.tensor(row["label"][0].as_py())
         if "teacher_features" in row.column_names:
             item["teacher_features"] = torch.from_numpy(_first_row(row["teacher_features"]).copy())
@@ -261,11 +263,13 @@ class TokenSource:
         return self.tokenizer.encode_indices(batch["pixel_values"]).flatten(1)
 
     @torch.no_grad()
-    def codes(self, batch: dict[str, torch.Tensor], sample_posterior: bool = False) -> torch.Tensor:
+    def codes(
+        self, batch: dict[str, torch.Tensor], generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """Codes of a batch of rows, `(batch, latent_channels, rows, columns)`; see [`ImageTokenizer.encode_codes`]."""
         if "indices" in batch:
             return self.tokenizer.indices_to_codes(batch["indices"].unflatten(1, self.tokenizer.grid_size))
-        return self.tokenizer.encode_codes(batch["pixel_values"], sample_posterior=sample_posterior)
+        return self.tokenizer.encode_codes(batch["pixel_values"], generators)
 
     @torch.no_grad()
     def teacher_features(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
