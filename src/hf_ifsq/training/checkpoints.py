@@ -23,8 +23,9 @@ logger = get_logger(__name__)
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"
 
-# Arguments that have no part in what is trained.
+# Arguments and entries of a config that have no part in what is trained.
 OPERATIONAL = ("config", "output_dir", "resume_from_checkpoint")
+ABOUT_FILES = ("architectures", "dtype", "transformers_version")
 
 # What of a model's config is about training alone and may change on the way.
 TRAINING_SETTINGS = ("dropout", "class_dropout_prob", "noise_prob")
@@ -127,7 +128,7 @@ def circumstances(accelerator: Accelerator, model: Any, arguments: Mapping[str, 
         "num_processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "arguments": {name: without_local_paths(arguments[name]) for name in arguments if name not in OPERATIONAL},
-        "config": {name: config[name] for name in config if not name.startswith("_") and "version" not in name},
+        "config": {name: config[name] for name in config if name[0] != "_" and name not in ABOUT_FILES},
     }
     # As it is read back: with lists for tuples and with strings for integer keys.
     return json.loads(json.dumps(values, default=str))
