@@ -8,6 +8,7 @@ The output is a folder for `from_pretrained` of `AutoencoderIFSQ`, `VQModel` or 
 """
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -62,7 +63,7 @@ class TokenizerTrainingArguments(TrainingArguments):
     bound: str | None = argument(
         None, "Bound of `ifsq`; `normal` is the normal distribution function.", choices=[*BOUNDS]
     )
-    equal_bins: bool | None = argument(None, "Quantize `ifsq` by bins of equal width in place of rounding.")
+    equal_bins: bool = argument(False, "Quantize `ifsq` by bins of equal width in place of rounding.")
     noise_prob: float | None = argument(
         None, "Share of the values of `ifsq` that get noise within their bin in training; by default none."
     )
@@ -91,7 +92,7 @@ class TokenizerTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         names = {name for of_bottleneck in BOTTLENECKS.values() for name in of_bottleneck}
         if self.pretrained_model_name_or_path is None:
-            check_options(self.bottleneck or "ifsq", [name for name in names if getattr(self, name) is not None])
+            check_options(self.bottleneck or "ifsq", [name for name in names if is_given(getattr(self, name))])
         if self.bottleneck == "vq" and self.gradient_checkpointing:
             raise ValueError("`gradient_checkpointing` must be off with the bottleneck `vq`: VQModel has none.")
 
@@ -102,7 +103,7 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
 
     # 1. Model.
     options = {name: getattr(args, name) for name in (*args.ARCHITECTURE, "noise_prob")}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if is_given(value)}
     pretrained = args.pretrained("tokenizer")
     if pretrained is None:
         model = make_tokenizer(sample_size=args.resolution, **options)
@@ -204,6 +205,11 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
         )
         run.finish(card)
     return metrics
+
+
+def is_given(value: Any) -> bool:
+    """Whether an argument without a default was given; a flag is never given as `False`."""
+    return value is not None and value is not False
 
 
 @torch.no_grad()
