@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +20,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from ..metrics.alignment import CKNNA_NEIGHBORS
 from ..models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from ..vision.vision_model import Teacher
-from .data import ImageDataset, ImageTransform, check_labels, draw, read_class_names
+from .data import ImageDataset, draw, load_dataset, read_class_names
+from .image_transform import ImageTransform
 
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict
     splits with `indices`, `label` and `teacher_features` where there are any.
     """
     # The check below says more than the one of `datasets`.
-    splits = datasets.load_dataset(name_or_path, verification_mode="no_checks")
+    splits = load_dataset(name_or_path, verification_mode="no_checks")
     num_rows = {name: len(rows) for name, rows in splits.items()}
     title, size = f"`token_dataset` {name_or_path!r}", info.tokenizer["codebook_size"]
     if num_rows != info.num_rows:
@@ -210,7 +210,7 @@ class TokenSource:
         teacher: Teacher | None = None,
     ) -> "TokenSource":
         """Labelled images that are tokenized on the way, by a tokenizer and a teacher on the training's device."""
-        id2label = _read_labels(train, validation, label_column)
+        id2label = read_class_names(train, label_column, validation)
         options = (transform, image_column, label_column)
         validation_data = None if validation is None else ImageDataset(validation, *options)
         return cls(tokenizer, ImageDataset(train, *options), validation_data, id2label, teacher)
@@ -249,7 +249,7 @@ class TokenSource:
         train, validation = draw(splits["train"], max_train_samples, seed), splits.get("validation")
         if validation is not None:
             validation = draw(validation, max_validation_samples, seed)
-        id2label = _read_labels(train, validation, "label")
+        id2label = read_class_names(train, "label", validation)
         validation_data = None if validation is None else TokenDataset(validation, width is not None)
         return cls(loaded, TokenDataset(train, width is not None), validation_data, id2label, None, width)
 
@@ -285,14 +285,6 @@ class TokenSource:
             yield
         finally:
             self.tokenizer.to(usual_device)
-
-
-def _read_labels(train: Dataset, validation: Dataset | None, label_column: str) -> dict[int, str]:
-    """Names of the classes of the training rows, of which the validation rows must have no other."""
-    id2label = read_class_names(train, label_column)
-    if validation is not None:
-        check_labels(validation, label_column, len(id2label))
-    return id2label
 
 
 def _load_tokenizer_of(token_dataset: str, info: TokenDatasetInfo, name_or_path: str | None) -> ImageTokenizer:
