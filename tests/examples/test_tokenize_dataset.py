@@ -28,7 +28,7 @@ from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import parse_args
 from hf_ifsq.training.data import ImageDataset, ImageTransform, load_image_dataset
-from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint, load_token_dataset
+from hf_ifsq.training.tokens import TOKENIZER_PATH_FILE, TokenDatasetInfo, fingerprint, load_token_dataset
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -112,7 +112,9 @@ def reference(workspace):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What is uploaded: that does not depend on where the folder lies."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / TOKENIZER_PATH_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def image_data(workspace, **overrides):
@@ -220,12 +222,12 @@ def test_description_and_card(workspace, reference):
     content = json.loads((reference / "token_dataset.json").read_text())
     tokenizer = as_image_tokenizer(AutoencoderIFSQ.from_pretrained(workspace / "tokenizer"))
     assert content["tokenizer"] == {
-        "name_or_path": str(workspace / "tokenizer"),
+        "name_or_path": "tokenizer",
         "revision": None,
         **fingerprint(tokenizer),
     }
     assert content["tokenizer"]["codebook_size"] == 765 and content["tokenizer"]["grid_size"] == [4, 4]
-    assert content["teacher"] == {"name_or_path": str(workspace / "teacher"), "hidden_size": 12}
+    assert content["teacher"] == {"name_or_path": "teacher", "hidden_size": 12}
     assert content["num_rows"] == {"train": 120, "validation": 7} and content["resolution"] == 16
     for name, value in {"num_augmentations": 3, "random_flip": True, "min_crop_scale": 0.6, "seed": 4}.items():
         assert content["images"][name] == value

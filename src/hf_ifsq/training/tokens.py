@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,15 @@ from ..models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from ..vision.vision_model import Teacher
 from .data import ImageDataset, draw, load_dataset, read_class_names
 from .image_transform import ImageTransform
+from .model_card import without_local_paths
 
 
 logger = logging.getLogger(__name__)
 
 INFO_FILE = "token_dataset.json"
+
+# Path of a local tokenizer from the folder of its tokens. Nothing under this folder is ever uploaded to the Hub.
+TOKENIZER_PATH_FILE = Path(".cache", "huggingface", "tokenizer_path.txt")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class TokenDatasetInfo:
     `revision` (of the Hub, or `None`) and [`fingerprint`]; the factor that makes latents of its codes; the side of the
     images in pixels; `name_or_path` and `hidden_size` of the `teacher` whose features are stored, if any; rows of each
     split; what chose and cut the images, and grouped them into batches and files; and the version of this package.
+    It is for others too: where something lies on this machine is not in it.
     """
 
     tokenizer: dict[str, Any]
@@ -289,7 +295,7 @@ class TokenSource:
 
 def _load_tokenizer_of(token_dataset: str, info: TokenDatasetInfo, name_or_path: str | None) -> ImageTokenizer:
     """The tokenizer of a token dataset, from the place that it names or from where it is now."""
-    name, revision = name_or_path, None
+    name, revision = name_or_path or _local_tokenizer_of(token_dataset), None
     if name is None:
         name, revision = str(info.tokenizer["name_or_path"]), info.tokenizer["revision"]
     try:
@@ -312,10 +318,29 @@ def _load_tokenizer_of(token_dataset: str, info: TokenDatasetInfo, name_or_path:
     return tokenizer
 
 
+def remember_tokenizer(token_dataset: str, tokenizer: str) -> None:
+    """
+    Note where the tokenizer of a token dataset lies if it is a folder, for its trainings on this machine: neither the
+    description nor what is uploaded says where something lies.
+    """
+    if os.path.isdir(tokenizer):
+        file = Path(token_dataset, TOKENIZER_PATH_FILE)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(os.path.relpath(tokenizer, token_dataset), encoding="utf-8")
+
+
+def _local_tokenizer_of(token_dataset: str) -> str | None:
+    file = Path(token_dataset, TOKENIZER_PATH_FILE)
+    if file.is_file():
+        folder = os.path.normpath(Path(token_dataset, file.read_text(encoding="utf-8")))
+        return folder if os.path.isdir(folder) else None
+    return None
+
+
 def _width_of_features(token_dataset: str, info: TokenDatasetInfo, teacher: str, patch_size: int) -> int:
     """Width of the features of a teacher, which a token dataset must have for patches of single codes."""
     stored = None if info.teacher is None else info.teacher["name_or_path"]
-    if info.teacher is None or stored != teacher:
+    if info.teacher is None or without_local_paths(stored) != without_local_paths(teacher):
         has = "no teacher features" if stored is None else f"features of {stored!r}"
         raise ValueError(
             f"`teacher` is {teacher!r}, but `token_dataset` {token_dataset!r} has {has}: tokenize the images with "
