@@ -509,7 +509,9 @@ def test_tokens_without_labels(tmp_path, make_source):
     info = TokenDatasetInfo.load(str(tmp_path / "tokens"))
     info = make_info({"train": 4}, {**info.tokenizer})
     folder = write(tmp_path / "unlabelled", info, {"train": {"indices": random_columns(4)["indices"]}})
-    with pytest.raises(ValueError, match=r"`label_column` 'label' is none of the columns of the split 'train' \['indices'\]"):
+    with pytest.raises(
+        ValueError, match=r"`label_column` 'label' is none of the columns of the split 'train' \['indices'\]"
+    ):
         make_source(token_dataset=folder)
 
 

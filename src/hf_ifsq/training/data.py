@@ -95,7 +95,7 @@ def load_splits(
     Load all splits of a dataset: `dataset_name` is one of the Hub, or locally a folder of pictures, one that
     `datasets` can load or has saved, or a parquet file; `dataset_config_name` tells several configurations apart;
     `train_data_dir`, in place of both, is a folder of pictures. Folders of pictures are read by [`ImageFolder`], or by
-    `datasets`' imagefolder if they have a file `metadata.csv`, `.jsonl` or `.parquet` or are archives.
+    `datasets`' imagefolder if they have a file `metadata.csv`, `.jsonl` or `.parquet`.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
@@ -137,14 +137,14 @@ def _load_folder(path: Path, with_labels: bool) -> Mapping[str, Dataset]:
     files = list_files(str(path))
     suffixes = sorted({Path(other).suffix for other in files.others})
     count = sum(map(len, files.pictures.values()))
-    if _has_metadata(files) or not count and ".zip" in suffixes:
+    if _has_metadata(files):
         splits = load_dataset("imagefolder", data_dir=str(path))
         if count > sum(map(len, splits.values())):
             logger.warning(f"{path}: left out pictures that its metadata does not name; in all there are {count}.")
         return splits
     if not count:
-        kinds = f": there are files of the kinds {suffixes}, and `dataset_name` takes files of rows" * bool(suffixes)
-        raise ValueError(f"`train_data_dir` must be a folder of pictures, got {str(path)!r}{kinds}.")
+        kinds = f" with files of the kinds {suffixes}: unpack archives, and give files of rows as `dataset_name`"
+        raise ValueError(f"`train_data_dir` must be a folder of pictures, got {str(path)!r}{kinds * bool(suffixes)}.")
     return ImageFolder(files, with_labels)
 
 
@@ -212,8 +212,8 @@ def check_labels(rows: Dataset, label_column: str, num_classes: int | None = Non
     split = "" if rows.split is None else f" of the split {str(rows.split)!r}"
     if label_column not in rows.column_names:
         raise ValueError(
-            f"`label_column` {label_column!r} is none of the columns{split} {rows.column_names}. Pictures of a folder "
-            "have labels if each lies in the folder of its class."
+            f"`label_column` {label_column!r} is none of the columns{split} {rows.column_names}. Pictures of "
+            "a folder have labels if each is a `CLASS/picture`, or where there are splits a `SPLIT/CLASS/picture`."
         )
     labels, title = _read_column(rows, label_column), f"`label_column` {label_column!r}{split}"
     if not pa.types.is_integer(labels.type):
@@ -319,8 +319,8 @@ class ImageDataset(torch.utils.data.Dataset):
         drawn, split = getattr(self.rows, "_indices", None), getattr(self.rows, "split", None)
         row = index if drawn is None else drawn.column(0)[index].as_py()
         file = image.get("path") if isinstance(image, dict) else None
-        places = [f"the split {str(split)!r}"] * bool(split) + [f"the file {file}"] * bool(file)
-        return f"Row {row} of `image_column` {self.image_column!r}" + "".join(f", {place}" for place in places)
+        place = f" of the split {str(split)!r}" * bool(split) + f" ({file})" * bool(file)
+        return f"Row {row} of `image_column` {self.image_column!r}{place}"
 
 
 @dataclass

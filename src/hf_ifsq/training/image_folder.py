@@ -131,21 +131,28 @@ class ImageFolder(Mapping[str, Dataset]):
             if () in pictures:
                 stray = listing.path((), min(pictures[()]))
                 raise ValueError(f"{stray} lies beside the folders of the splits {tops}: move it into one of them.")
+            if with_labels and all(len(folder) == 1 for folder in pictures):
+                raise ValueError(
+                    f"The folders {tops} of {listing.root} may be splits without labels or classes. If they are classes, "
+                    "put them into a folder `train`; if they are splits, give `--label_column none`."
+                )
         if listing.problems:
             raise ValueError(f"{listing.problems[0]}.")
-        if listing.others or listing.empty:
+        if listing.others:
             kinds = Counter(os.path.splitext(path)[1] or os.path.basename(path) for path in listing.others)
             counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(10))
-            logger.warning(
-                f"{listing.root}: left out {len(listing.others)} files that are no pictures ({counts}) and "
-                f"{len(listing.empty)} empty folders {listing.empty[:5]}."
-            )
+            logger.warning(f"{listing.root}: {len(listing.others)} files are no pictures and left out: {counts}.")
+        if listing.empty:
+            logger.warning(f"{listing.root}: {len(listing.empty)} folders are empty: {', '.join(listing.empty[:10])}.")
 
     def __len__(self) -> int:
         return len(self._folders)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in dict.fromkeys(SPLITS.values()) if name in self._folders)
+
+    def __contains__(self, split: object) -> bool:
+        return split in self._folders
 
     def __getitem__(self, split: str) -> Dataset:
         pictures = self._pictures(split)
