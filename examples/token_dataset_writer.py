@@ -189,27 +189,27 @@ class TokenDatasetWriter:
 
 def fingerprint_images(data: ImageDataset, num_contents: int = 1000) -> str:
     """
-    SHA-256 of the names, sizes and labels of all images of a dataset, in their order, and of the contents of at most
-    `num_contents`. Where they lie and when they were written makes no difference.
+    SHA-256 of the names, sizes and labels of all images of a dataset, and of the contents of at most `num_contents` of
+    those that are drawn. Where they lie and when they were written makes no difference.
     """
     digest = hashlib.sha256()
-    stored = data.stored.with_format("arrow")
-    for table in stored.iter(batch_size=10_000):
-        images = table.column(data.image_column).combine_chunks()
-        paths = images.field("path").to_pylist()
-        sizes = pc.binary_length(images.field("bytes")).to_pylist()
-        # A missing file is an error when it is read, which names it better.
+    table = data.stored.data
+    for images in table.column(data.image_column).chunks:
+        paths = pc.struct_field(images, "path").to_pylist()
+        sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
         for path, size in zip(paths, sizes):
-            size = os.path.getsize(path) if size is None and os.path.isfile(path or "") else size
+            # A missing file is an error when it is read, which names it better.
+            if size is None and path is not None and os.path.isfile(path):
+                size = os.path.getsize(path)
             digest.update(f"{os.path.basename(path or '')} {size}\n".encode())
-        if data.label_column is not None:
-            digest.update(str(table.column(data.label_column).to_pylist()).encode())
-    for index in np.linspace(0, len(stored) - 1, min(len(stored), num_contents)).astype(int):
-        image = data.stored[int(index)][data.image_column] or {}
-        content = image.get("bytes")
-        if content is None and os.path.isfile(image.get("path") or ""):
-            content = Path(image["path"]).read_bytes()
-        digest.update(content or b"")
+    if data.label_column is not None:
+        digest.update(str(table.column(data.label_column).to_pylist()).encode())
+    for index in np.linspace(0, len(data) - 1, min(len(data), num_contents)).astype(int).tolist():
+        image = data.stored[index][data.image_column] or {}
+        if image.get("bytes") is not None:
+            digest.update(image["bytes"])
+        elif os.path.isfile(image.get("path") or ""):
+            digest.update(Path(image["path"]).read_bytes())
     return digest.hexdigest()
 
 

@@ -233,8 +233,14 @@ def check_labels(rows: Dataset, label_column: str, num_classes: int | None = Non
 
 
 def _read_column(rows: Dataset, column: str) -> pa.ChunkedArray:
-    """A whole column, without a Python object for each row."""
-    return rows.select_columns([column]).with_format("arrow")[:].column(column)
+    """A whole column, at once: `rows[column]` makes Python objects, and those of rows that were drawn one by one."""
+    values, numbers = rows.data.column(column), _row_numbers(rows)
+    return values if numbers is None else values.take(numbers)
+
+
+def _row_numbers(rows: Dataset) -> pa.ChunkedArray | None:
+    """Where rows that were drawn or shuffled are in the dataset as it is stored; `None` if all are in their place."""
+    return None if rows._indices is None else rows._indices.column(0)
 
 
 def _names_to_ids(
@@ -315,9 +321,9 @@ class ImageDataset(torch.utils.data.Dataset):
         return item
 
     def _describe(self, index: int, image: Any) -> str:
-        # Rows that were drawn have another number in the dataset.
-        drawn, split = getattr(self.rows, "_indices", None), getattr(self.rows, "split", None)
-        row = index if drawn is None else drawn.column(0)[index].as_py()
+        row, split = index, getattr(self.rows, "split", None)
+        if isinstance(self.rows, Dataset) and (numbers := _row_numbers(self.rows)) is not None:
+            row = numbers[index].as_py()
         file = image.get("path") if isinstance(image, dict) else None
         place = f" of the split {str(split)!r}" * bool(split) + f" ({file})" * bool(file)
         return f"Row {row} of `image_column` {self.image_column!r}{place}"

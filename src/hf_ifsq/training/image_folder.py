@@ -133,8 +133,8 @@ class ImageFolder(Mapping[str, Dataset]):
                 raise ValueError(f"{stray} lies beside the folders of the splits {tops}: move it into one of them.")
             if with_labels and all(len(folder) == 1 for folder in pictures):
                 raise ValueError(
-                    f"The folders {tops} of {listing.root} may be splits without labels or classes. If they are classes, "
-                    "put them into a folder `train`; if they are splits, give `--label_column none`."
+                    f"The folders {tops} of {listing.root} may be classes, or splits without labels: put classes "
+                    "into a folder `train`; for splits, give `--label_column none`."
                 )
         if listing.problems:
             raise ValueError(f"{listing.problems[0]}.")
