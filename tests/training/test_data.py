@@ -1,3 +1,4 @@
+import functools
 import io
 import re
 import time
@@ -378,6 +379,7 @@ def encode(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
+@functools.cache
 def broken_images():
     (image,) = pictures(1, 48, 64)
     text = PngImagePlugin.PngInfo()
