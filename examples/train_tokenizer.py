@@ -114,14 +114,14 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     tokenizer = view = as_image_tokenizer(model)
 
     # 2. Data.
-    train_images, validation_images = load_image_dataset(**values_for(load_image_dataset, args))
+    train_rows, validation_rows = load_image_dataset(**values_for(load_image_dataset, args) | {"label_column": None})
     transform = ImageTransform(**values_for(ImageTransform, args) | {"channels": tokenizer.in_channels})
-    train_data = ImageDataset(train_images, transform, args.image_column)
+    train_data = ImageDataset(train_rows, transform, args.image_column)
     train_loader = run.dataloader(train_data)
     # Without a validation split the pictures show training images, and no metric is reported.
     shown_data, validation_loader = train_data, None
-    if validation_images is not None:
-        shown_data = ImageDataset(validation_images, transform, args.image_column)
+    if validation_rows is not None:
+        shown_data = ImageDataset(validation_rows, transform, args.image_column)
         validation_loader = run.evaluation_dataloader(shown_data)
 
     # 3. Losses.
