@@ -9,12 +9,9 @@ The output is a folder for `from_pretrained` of the class that its `README.md` n
 or with `--tokenizer` a pipeline of both. All arguments: `--help`.
 """
 
-import contextlib
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +23,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from hf_ifsq.conversion import Conversion, assemble_pipeline, convert_checkpoint
 from hf_ifsq.training.arguments import argument
 from hf_ifsq.training.model_card import without_local_paths
+from hf_ifsq.training.output_folder import PARTIAL_RESULT, written_whole
 from hf_ifsq.training.repa import RepresentationAlignment
 
 
@@ -54,9 +52,6 @@ from safetensors.torch import load_file
 {usage}
 ```
 """
-
-# Where files are until all are written.
-PARTIAL = ".partial-conversion"
 
 
 @dataclass
@@ -105,7 +100,7 @@ def main(args: ConversionArguments) -> None:
         name = args.hub_model_id or output_dir.resolve().name
         repo_id = create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
     card = make_model_card(args, conversion, result, repo_id or without_local_paths(args.output_dir))
-    with write_folder(output_dir) as folder:
+    with written_whole(output_dir) as folder:
         (folder / "README.md").write_text(card, "utf-8")
         result.save_pretrained(folder)
         for file, alignment in name_alignments(conversion).items():
@@ -126,7 +121,7 @@ def check_output_dir(output_dir: Path, checkpoint: str, config: str | None, toke
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"`output_dir` must be a folder to write to, but {existing} is none, got {output_dir}.")
-    files = {path.name for path in output_dir.iterdir()} - {PARTIAL} if output_dir.is_dir() else set()
+    files = {path.name for path in output_dir.iterdir()} - {PARTIAL_RESULT} if output_dir.is_dir() else set()
     card = (output_dir / "README.md").read_text("utf-8") if "README.md" in files else ""
     same = f"in `{Path(checkpoint).name}`, converted by hf-ifsq" in card
     if files and not (same and ("model_index.json" in files) == (tokenizer is not None)):
@@ -134,23 +129,6 @@ def check_output_dir(output_dir: Path, checkpoint: str, config: str | None, toke
             f"`output_dir` must be a new or an empty folder, or that of an earlier conversion of the same, but "
             f"{output_dir} has {sorted(files)[:5]}."
         )
-
-
-@contextlib.contextmanager
-def write_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, whose files go to `folder` at the end. What a killed run has left there is removed."""
-    partial = folder / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        # The card first, by which `check_output_dir` knows the folder.
-        for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-            target = folder / path.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
-    finally:
-        shutil.rmtree(partial)
 
 
 def name_alignments(conversion: Conversion) -> dict[str, RepresentationAlignment]:

@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 LOCK_FILE = ".lock"
 # Before the name of what is not whole yet.
 PARTIAL = "partial-"
+PARTIAL_RESULT = f"{PARTIAL}result"
 
 # What a result on the Hub does without.
 NOT_UPLOADED = [LOCK_FILE, f"{PARTIAL}*", "checkpoint-*", "logs/*"]
@@ -49,17 +50,19 @@ def written_whole(folder: Path) -> Iterator[Path]:
     A new folder to write to, whose files and folders at the end take the places of those in `folder`. A process that
     is killed meanwhile leaves nothing half written there, and no temporary files of other libraries.
     """
-    partial = folder / f"{PARTIAL}result"
-    remove_partial(folder)
+    partial = folder / PARTIAL_RESULT
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    give_usual_rights(partial)
-    for path in sorted(partial.iterdir()):
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        path.replace(target)
-    partial.rmdir()
+    try:
+        yield partial
+        give_usual_rights(partial)
+        for path in sorted(partial.iterdir()):
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    finally:
+        shutil.rmtree(partial)
 
 
 def give_usual_rights(folder: Path) -> None:

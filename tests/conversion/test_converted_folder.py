@@ -103,7 +103,7 @@ def test_interrupted_conversions(convert, home, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             convert(**arguments)
     left = names(home / "ar")
-    assert left and all(name.startswith(convert.module.PARTIAL) for name in left)
+    assert left and all(name.startswith(convert.module.PARTIAL_RESULT) for name in left)
     convert(**arguments)
     files = {"README.md", "config.json", "generation_config.json", "model.safetensors", "repa_projectors.safetensors"}
     assert names(home / "ar") <= files and "model.safetensors" in names(home / "ar")
