@@ -768,7 +768,7 @@ def test_depth_of_the_alignment(fails, script, name, depth):
 @pytest.mark.parametrize(
     "script, options, expected",
     [
-        ("train_repa_ar", "--size S --num_hidden_layers 1", {"hidden_size": 384, "num_attention_heads": 6}),
+        ("train_repa_ar", "--size S --num_hidden_layers 1", {"hidden_size": 384, "num_attention_heads": 12}),
         ("train_repa_ar", "--num_hidden_layers 1", {"hidden_size": 768, "num_attention_heads": 12}),
         (
             "train_repa_ar",

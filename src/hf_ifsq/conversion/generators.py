@@ -12,7 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 
-from ..models.configuration_ifsq_ar import IFSQARConfig
+from ..models.configuration_ifsq_ar import SIZES, IFSQARConfig
 from ..models.grid import as_grid
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
 from ..models.rotary import rotary_table_2d
@@ -28,18 +28,8 @@ PROJECTORS = r"projectors\.\d+\..*"
 # What an AR model has for sampling alone.
 CACHES = r"causal_mask|.*\.kv_cache\.[kv]_cache"
 
-# Layers, width and heads of the official models, by their official names less `GPT-` or `LlamaGen-`; 3B is XXXL too.
-SIZES = {
-    "S": (12, 384, 12),
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (36, 1280, 20),
-    "XXL": (48, 1536, 24),
-    "XXXL": (48, 2560, 40),
-    "1B": (22, 2048, 32),
-    "3B": (24, 3200, 32),
-    "7B": (32, 4096, 32),
-}
+# Layers, width and heads of all official models, by their official names less `GPT-` or `LlamaGen-`.
+OFFICIAL_SIZES = {**SIZES, "XXXL": (48, 2560, 40), "1B": (22, 2048, 32), "7B": (32, 4096, 32)}
 
 
 def config_size(config: dict[str, Any], *paths: str) -> int | None:
@@ -148,11 +138,11 @@ def convert_llamagen_ar(
     num_classes = count_classes(weights, table, config)
     # The weights are the same whatever the heads; a named size of LlamaGen tells them.
     if num_attention_heads is None:
-        named = {(layers, width): heads for layers, width, heads in SIZES.values()}
+        named = {(layers, width): heads for layers, width, heads in OFFICIAL_SIZES.values()}
         if (num_layers, hidden_size) not in named:
             raise ValueError(
                 f"`num_attention_heads` must be given: the weights do not tell it, and no named size has {num_layers} "
-                f"layers of width {hidden_size}. Layers, width and heads of these are {SIZES}."
+                f"layers of width {hidden_size}. Layers, width and heads of these are {OFFICIAL_SIZES}."
             )
         num_attention_heads = named[num_layers, hidden_size]
     if num_attention_heads < 1:
