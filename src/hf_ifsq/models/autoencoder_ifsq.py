@@ -16,7 +16,7 @@ from torch import nn
 
 from .checks import check_integer, check_integers, check_positive, check_tensor
 from .grid import token_grid
-from .loading import StrictLoadingMixin
+from .loading import DiffusersLoadingMixin
 from .quantization import FiniteScalarQuantizer
 
 
@@ -67,7 +67,7 @@ class AutoencoderIFSQOutput(BaseOutput):
     indices: torch.Tensor | None = None
 
 
-class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
     r"""
     Convolutional autoencoder whose bottleneck is finite scalar quantization with the iFSQ bound
     (https://arxiv.org/abs/2601.17124). Its `indices` feed an autoregressive generator, its `codes` a diffusion model.

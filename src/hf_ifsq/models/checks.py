@@ -63,14 +63,18 @@ def check_choice(value: Any, name: str, choices: Collection[Any]) -> None:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
 
 
-def check_class_names(id2label: Any, num_classes: int) -> None:
-    """Raise a `ValueError` unless it is a dictionary of the ids 0 to num_classes - 1 and their names."""
-    if not isinstance(id2label, dict) or not all(isinstance(name, str) for name in id2label.values()):
-        raise ValueError(f"`id2label` must be a dictionary of ids and names of classes, got {id2label!r}.")
-    if len(id2label) != num_classes:
-        raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
-    if set(id2label) != set(range(num_classes)):
-        raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {list(id2label)}.")
+def as_class_names(id2label: Any, num_classes: int) -> dict[int, str]:
+    """Names of the ids 0 to num_classes - 1, whose keys may be strings, as JSON makes them; else a `ValueError`."""
+    names = {}
+    for class_id, name in id2label.items() if isinstance(id2label, dict) else [(None, None)]:
+        if not str(class_id).isdecimal() or not isinstance(name, str):
+            raise ValueError(f"`id2label` must be a dictionary of ids and names of classes, got {id2label!r}.")
+        names[int(class_id)] = name
+    if len(names) != num_classes:
+        raise ValueError(f"`id2label` names {len(names)} classes, but `num_classes` is {num_classes}.")
+    if set(names) != set(range(num_classes)):
+        raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {sorted(names)}.")
+    return names
 
 
 def check_codebook(sizes: Sequence[int], name: str) -> None:

@@ -14,10 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..guidance import drop_labels
+from .checks import as_ids
 from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin
 from .grid import as_grid
-from .layers_ifsq_ar import IFSQARDecoderLayer, run_layers
+from .layers_ifsq_ar import FactorEmbeddings, IFSQARDecoderLayer, run_layers, split_indices
 from .loading import StrictLoadingMixin
 from .rotary import rotary_table_2d
 
@@ -107,16 +108,18 @@ class IFSQARModel(IFSQARPreTrainedModel):
 
     def __init__(self, config: IFSQARConfig):
         super().__init__(config)
+        # It may have been changed since it was made.
+        config.validate()
         # The row after the last class is the null class. Without class dropout it would never be trained.
         num_rows = config.num_classes + (config.class_dropout_prob > 0)
         self.embed_classes = nn.Embedding(num_rows, config.hidden_size)
-        self.embed_tokens = nn.ModuleList([nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
+        self.embed_tokens = FactorEmbeddings(nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(IFSQARDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.ModuleList:
-        """The embedding tables, one per factor."""
+    def get_input_embeddings(self) -> FactorEmbeddings:
+        """What embeds token ids, whatever the number of their factors."""
         return self.embed_tokens
 
     def rotary_table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,11 +134,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
 
     def split_indices(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Split whole indices into their factors, mixed radix, the least significant first."""
-        factors = []
-        for size in self.config.vocab_sizes[:-1]:
-            factors.append(indices % size)
-            indices = indices // size
-        return [*factors, indices]
+        return split_indices(indices.long(), self.config.vocab_sizes)
 
     def join_factors(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join factors into whole indices: the inverse of `split_indices`."""
@@ -180,12 +179,12 @@ class IFSQARModel(IFSQARPreTrainedModel):
         """
         embeddings = []
         if class_labels is not None:
+            class_labels = as_ids(class_labels, "class_labels")
             if self.training:
                 class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
             embeddings.append(self.embed_classes(class_labels)[:, None])
         if input_ids is not None:
-            factors = self.split_indices(input_ids)
-            embeddings.append(sum(embed(factor) for embed, factor in zip(self.embed_tokens, factors, strict=True)))
+            embeddings.append(self.embed_tokens(as_ids(input_ids, "input_ids")))
         if not embeddings:
             raise ValueError("Give `class_labels`, `input_ids` or both: there is nothing to run the model on.")
         return torch.cat(embeddings, dim=1)
