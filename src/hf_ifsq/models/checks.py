@@ -65,11 +65,10 @@ def check_choice(value: Any, name: str, choices: Collection[Any]) -> None:
 
 def as_class_names(id2label: Any, num_classes: int) -> dict[int, str]:
     """Names of the ids 0 to num_classes - 1, whose keys may be strings, as JSON makes them; else a `ValueError`."""
-    names = {}
-    for class_id, name in id2label.items() if isinstance(id2label, dict) else [(None, None)]:
-        if not str(class_id).isdecimal() or not isinstance(name, str):
-            raise ValueError(f"`id2label` must be a dictionary of ids and names of classes, got {id2label!r}.")
-        names[int(class_id)] = name
+    items = id2label.items() if isinstance(id2label, dict) else [(None, None)]
+    if not all(str(class_id).isdecimal() and isinstance(name, str) for class_id, name in items):
+        raise ValueError(f"`id2label` must be a dictionary of ids and names of classes, got {id2label!r}.")
+    names = {int(class_id): name for class_id, name in id2label.items()}
     if len(names) != num_classes:
         raise ValueError(f"`id2label` names {len(names)} classes, but `num_classes` is {num_classes}.")
     if set(names) != set(range(num_classes)):
@@ -96,5 +95,7 @@ def as_ids(values: torch.Tensor, name: str) -> torch.Tensor:
     """Ids in a tensor of integers of any type, as int64; another tensor is a `ValueError`, `bool` and floats too."""
     check_tensor(values, name)
     if values.dtype not in INTEGER_DTYPES:
-        raise ValueError(f"`{name}` must be integers, got a tensor of dtype {values.dtype}.")
+        raise ValueError(
+            f"`{name}` must be integers, got a tensor of dtype {values.dtype} and shape {tuple(values.shape)}."
+        )
     return values.long()

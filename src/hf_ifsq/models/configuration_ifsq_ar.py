@@ -149,7 +149,7 @@ class IFSQARConfig(PreTrainedConfig):
             self.label2id = {name: class_id for class_id, name in self.id2label.items()}
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
         """As of [`~transformers.PreTrainedConfig`], but what `kwargs` change is checked together with all else."""
         names = {"num_labels", *(field.name for field in fields(cls))}
         changed = {name: kwargs.pop(name) for name in names & kwargs.keys() if name != "dtype"}

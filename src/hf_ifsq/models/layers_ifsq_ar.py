@@ -1,5 +1,6 @@
 """The transformer layers of the AR model."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -24,14 +25,18 @@ def split_indices(indices: torch.Tensor, vocab_sizes: Sequence[int]) -> list[tor
     return [*factors, indices]
 
 
-class FactorEmbeddings(nn.ModuleList):
-    """Embedding tables, one for each factor of a token."""
+class FactorEmbeddings(nn.Sequential):
+    """Embedding tables, one for each factor of a token; not one after another, but side by side."""
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of whole token ids, of a shape with `hidden_size` added: the sum over their factors."""
         tables = [cast(nn.Embedding, table) for table in self]
         factors = split_indices(input_ids.long(), [table.num_embeddings for table in tables])
-        return torch.stack([table(factor) for table, factor in zip(tables, factors, strict=True)]).sum(0)
+        return functools.reduce(torch.add, [table(factor) for table, factor in zip(tables, factors, strict=True)])
+
+    def embed_factor(self, position: int, values: torch.Tensor) -> torch.Tensor:
+        """Embeddings of values of one factor, of a shape with `hidden_size` added."""
+        return self[position](values)
 
 
 def eager_attention_forward(

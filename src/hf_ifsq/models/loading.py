@@ -98,7 +98,7 @@ class DiffusersLoadingMixin(StrictLoadingMixin):
         fresh = self.from_config(self.config).state_dict()  # type: ignore[attr-defined]
         for name in names:
             dtype = self.get_parameter(name).dtype  # type: ignore[attr-defined]
-            set_module_tensor_to_device(self, name, "cpu", value=fresh[name], dtype=dtype)  # type: ignore[arg-type]
+            set_module_tensor_to_device(self, name, "cpu", value=fresh[name], dtype=dtype)
 
 
 def _names_of_misfits(loading_info: Mapping[str, Any]) -> dict[str, list[str]]:

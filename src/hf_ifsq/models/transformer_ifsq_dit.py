@@ -228,7 +228,9 @@ class IFSQDiTTransformer2DModel(DiffusersLoadingMixin, ModelMixin, ConfigMixin):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A model of a config, with random weights; `kwargs` override the config."""
-        if isinstance(config, Mapping) and kwargs.get("num_classes", config.get("num_classes")) != config.get("num_classes"):
+        if isinstance(config, Mapping) and kwargs.get("num_classes", config.get("num_classes")) != config.get(
+            "num_classes"
+        ):
             # The names of other classes.
             kwargs.setdefault("id2label", None)
         return super().from_config(config, return_unused_kwargs, **kwargs)
