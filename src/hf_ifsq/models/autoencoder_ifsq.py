@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .checks import check_integer, check_integers, check_positive, check_tensor
+from .checks import check_has_values, check_integer, check_integers, check_positive, check_tensor
 from .grid import token_grid
 from .loading import DiffusersLoadingMixin
 from .quantization import FiniteScalarQuantizer
@@ -181,6 +181,7 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
                 images in [-1, 1]; height and width are multiples of the downsampling factor.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
         """
+        check_has_values(pixel_values, "pixel_values")
         latent = self._encode(pixel_values)
         if not torch.compiler.is_compiling() and not torch.isfinite(latent).all():
             culprit = "the encoder's weights are" if torch.isfinite(pixel_values).all() else "`pixel_values` is"
@@ -197,7 +198,7 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple` with `sample` of shape `(batch, out_channels,
         height, width)`, about in [-1, 1].
         """
-        check_tensor(codes, "codes")
+        check_has_values(codes, "codes")
         if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
             raise ValueError(
                 f"`codes` must have shape (batch, {len(self.quantizer.levels)}, height, width), got "

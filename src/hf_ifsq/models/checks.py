@@ -91,6 +91,13 @@ def check_tensor(value: Any, name: str) -> None:
         raise TypeError(f"`{name}` must be a `torch.Tensor`, got {type(value).__name__}.")
 
 
+def check_has_values(tensor: torch.Tensor, name: str) -> None:
+    """Raise an error unless it is a tensor whose values can be read: one on the device `meta` has none."""
+    check_tensor(tensor, name)
+    if tensor.is_meta:
+        raise ValueError(f"`{name}` has no values: it is on the device meta.")
+
+
 def as_ids(values: torch.Tensor, name: str) -> torch.Tensor:
     """Ids in a tensor of integers of any type, as int64; another tensor is a `ValueError`, `bool` and floats too."""
     check_tensor(values, name)

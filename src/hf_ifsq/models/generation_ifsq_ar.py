@@ -13,7 +13,7 @@ from transformers.generation import LogitsProcessorList
 
 from ..guidance import check_guidance, guidance_scales, guide
 from ..randomness import draw, image_generators
-from .checks import as_ids, check_integer
+from .checks import as_ids, check_has_values, check_integer
 from .layers_ifsq_ar import Decoder
 from .loading import HUB_OPTIONS
 from .sampling_ifsq_ar import AS_CONFIGURED, IFSQARGenerationConfig, processors_of_factors, sampling_options
@@ -252,6 +252,7 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
 
     def _check_can_generate(self, class_labels: torch.Tensor) -> torch.Tensor:
         self._check_class_labels(class_labels)
+        check_has_values(class_labels, "class_labels")
         class_labels = class_labels.long()
         last = self.model.embed_classes.num_embeddings - 1
         if class_labels.min() < 0 or class_labels.max() > last:

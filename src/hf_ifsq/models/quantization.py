@@ -13,6 +13,7 @@ from .checks import (
     check_choice,
     check_codebook,
     check_flag,
+    check_has_values,
     check_integers,
     check_number,
     check_positive,
@@ -45,6 +46,7 @@ def check_indices(indices: torch.Tensor, codebook_size: int, codebook: str = "th
     compilation.
     """  # noqa: D205
     indices = as_ids(indices, "indices")
+    check_has_values(indices, "indices")
     checked = indices.numel() and not torch.compiler.is_compiling()
     if checked and (indices.min() < 0 or indices.max() >= codebook_size):
         raise ValueError(

@@ -43,6 +43,16 @@ class IFSQARGenerationConfig(GenerationConfig):
     transformers' own models, sampling is on. `top_k=0` says that there is none.
     """
 
+    def __init__(self, **kwargs: Any):
+        # With this mark, which generation configs made by transformers bear, it would drop what is not its own.
+        kwargs.pop("_from_model_config", None)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> "IFSQARGenerationConfig":
+        """An empty one: the config of a model says nothing of sampling."""
+        return cls()
+
     def validate(self, strict: bool = False, user_set_attributes: set[str] | None = None) -> None:
         """Raises a `ValueError` that names a wrong value. transformers' own check takes sampling to be off."""
         check_sampling(_options_of(self))
@@ -124,7 +134,7 @@ def _in_range(name: str, value: Any) -> bool:
         return False
     # Beyond, float32 does not hold what logits are divided by.
     least, most = {"temperature": (1e-30, 1e30), "top_k": (1, math.inf), "top_p": (0, 1)}[name]
-    return least <= float(value) <= most
+    return least <= cast(float, value) <= most
 
 
 def processors_of_factors(
