@@ -82,6 +82,21 @@ class DiffusersLoadingMixin(StrictLoadingMixin):
     """[`StrictLoadingMixin`] for models of diffusers. Unknown arguments, which diffusers ignores, are errors, too."""
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of [`StrictLoadingMixin`]."""
+        if kwargs.get("ignore_mismatched_sizes") and kwargs.get("device_map") is not None:
+            raise ValueError(
+                "`device_map` must be left out with `ignore_mismatched_sizes`: move the model after it was loaded."
+            )
+        try:
+            return super().from_pretrained(*args, **kwargs)
+        except RuntimeError as error:
+            # So says diffusers with `low_cpu_mem_usage=False` what is a `ValueError` without.
+            if "size mismatch" in str(error):
+                raise ValueError(str(error)) from error
+            raise
+
+    @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A model of a config, with random weights; `kwargs` override the config."""
         known = inspect.signature(cls.__init__).parameters
@@ -116,5 +131,7 @@ def check_loading_info(model: nn.Module, loading_info: Mapping[str, Any]) -> Non
         empty = [name for name, weight in model.named_parameters() if weight.is_meta]
         misfits["weights that no file holds"] = empty
     problems = [f"{len(names)} {kind}: {names[:3]}" for kind, names in misfits.items() if names]
+    if misfits["mismatched_keys"]:
+        problems[-1] += "; what other arguments make misfit begins anew with `ignore_mismatched_sizes=True`"
     if problems:
         raise ValueError(f"The checkpoint does not fit {type(model).__name__} with its config. {'; '.join(problems)}.")
