@@ -69,7 +69,7 @@ def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: 
         return F.cross_entropy(scores.float(), ids, reduction="sum")
 
     rows = max(1, MAX_SCORES // head.out_features)
-    if len(targets) <= rows:
+    if targets.shape[0] <= rows:
         total = summed_losses(hidden_states, targets)
     else:
         parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
@@ -227,7 +227,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
             embeddings.append(self.embed_classes(class_labels)[:, None])
         if input_ids is not None:
             input_ids = as_ids(input_ids, "input_ids")
-            if input_ids.ndim != 2 or (embeddings and len(input_ids) != len(embeddings[0])):
+            if input_ids.ndim != 2 or (embeddings and input_ids.shape[0] != embeddings[0].shape[0]):
                 raise ValueError(
                     "`input_ids` must have shape (batch, sequence), with a row for each of `class_labels`, got "
                     f"{tuple(input_ids.shape)}."
@@ -358,9 +358,9 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
             raise ValueError(f"`input_ids` must have shape (batch, {shortest} to {longest}), got {got}.")
         if class_labels is not None:
             self._check_class_labels(class_labels)
-            if len(class_labels) != len(input_ids):
+            if class_labels.shape[0] != input_ids.shape[0]:
                 raise ValueError(
-                    f"`class_labels` must have one label for each of the {len(input_ids)} rows of `input_ids`, got "
+                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, got "
                     f"shape {tuple(class_labels.shape)}."
                 )
         elif past_key_values is None:
