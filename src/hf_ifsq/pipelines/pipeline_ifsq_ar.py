@@ -11,6 +11,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.grid import as_grid
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
+from ..models.sampling_ifsq_ar import AS_CONFIGURED
 from ..randomness import image_generators
 from .pipeline_utils import ClassConditionalPipeline
 
@@ -67,13 +68,13 @@ class IFSQARPipeline(ClassConditionalPipeline):
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         num_images_per_label: int = 1,
-        guidance_scale: float = 1.0,
-        guidance_schedule: str = "constant",
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | None | Sequence[int | None] = None,
-        top_p: float | None | Sequence[float | None] = None,
-        do_sample: bool = True,
+        guidance_scale: float = AS_CONFIGURED,
+        guidance_schedule: str = AS_CONFIGURED,
+        guidance_interval: tuple[float, float] = AS_CONFIGURED,
+        temperature: float | Sequence[float] = AS_CONFIGURED,
+        top_k: int | None | Sequence[int | None] = AS_CONFIGURED,
+        top_p: float | None | Sequence[float | None] = AS_CONFIGURED,
+        do_sample: bool = AS_CONFIGURED,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -88,7 +89,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
                 classes as ids in [0, num_classes) or as names of the model's `id2label`.
             num_images_per_label (`int`, *optional*, defaults to 1): images of each class, next to each other.
             guidance_scale, guidance_schedule, guidance_interval, temperature, top_k, top_p, do_sample, generator:
-                as in [`~IFSQARForImageGeneration.generate`].
+                as in [`~IFSQARForImageGeneration.generate`], by default as in its generation config.
             batch_size (`int`, *optional*):
                 images to generate at a time, if memory has no room for all. It does not change what they look like.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -102,6 +103,8 @@ class IFSQARPipeline(ClassConditionalPipeline):
         """
         # 1. Check and prepare the inputs.
         labels, batches = self._prepare(class_labels, num_images_per_label, batch_size, output_type)
+        if do_sample is AS_CONFIGURED:
+            do_sample = self.transformer.generation_config.do_sample is not False
         generators = image_generators(generator, len(labels)) if do_sample else None
         config = self.transformer.config
 
