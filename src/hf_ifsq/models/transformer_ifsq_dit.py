@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
@@ -334,3 +335,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     levels, channels = config["levels"], config["in_channels"]
     if levels is not None and len(levels) != channels:
         raise ValueError(f"`levels` must be one for each of the {channels} `in_channels`, got {list(levels)}.")
+
+
+# `AutoModel` of diffusers looks up the class that a config names in diffusers itself.
+diffusers.IFSQDiTTransformer2DModel = IFSQDiTTransformer2DModel  # type: ignore[attr-defined]
