@@ -10,13 +10,18 @@ import torch
 def describe(value: Any) -> str:
     """What an error says of a value that it got: kind and shape of a tensor, the beginning of anything long."""
     if isinstance(value, torch.Tensor):
-        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)} on {value.device}"
     return reprlib.repr(value)
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is an integer or a float, of numpy too. `True` and `False` are none."""
+    """Whether it is an integer or a float, of numpy too. `True` and `False` are none."""
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor whose values can be read: neither sparse nor on the meta device."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
 
 
 def check_bool(name: str, value: Any) -> None:
