@@ -1,6 +1,7 @@
 """What the two class-conditional pipelines share: labels, the match of model and tokenizer, callbacks, pictures."""
 
 import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -79,7 +80,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
             if not isinstance(_unwrap_model(components[name]), component_class):
                 raise ValueError(
                     f"`{name}` must be an {component_class.__name__}, which {type(self).__name__} cannot do without, "
-                    f"got {describe(components[name])}."
+                    f"got {type(components[name]).__name__}."
                 )
         as_image_tokenizer(components["tokenizer"])
 
@@ -169,8 +170,11 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
 
     def _shown_to_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> list[str]:
         """Check the two arguments on callbacks. Gives the names of what is shown, which diffusers' own ones know."""
-        if callback is not None and not callable(callback):
-            raise TypeError(f"`callback_on_step_end` must be a function, got {describe(callback)}.")
+        if callback is not None and not _takes_four_arguments(callback):
+            raise TypeError(
+                "`callback_on_step_end` must be a function of the pipeline, the step, the timestep and a dictionary, "
+                f"got {describe(callback)}."
+            )
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             tensor_inputs = callback.tensor_inputs
         known = self._callback_tensor_inputs
@@ -218,6 +222,21 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         self.maybe_free_model_hooks()
         # diffusers says nothing of tensors, which its own pipelines give too.
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
+
+
+def _takes_four_arguments(function: Any) -> bool:
+    if not callable(function):
+        return False
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # Compiled ones do not tell.
+        return True
+    try:
+        signature.bind(*range(4))
+    except TypeError:
+        return False
+    return True
 
 
 def check_finite_weights(model: nn.Module, name: str) -> None:
