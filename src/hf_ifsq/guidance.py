@@ -15,8 +15,8 @@ GUIDANCE_SCHEDULES = {
 }
 
 
-# Far above any of use; still larger ones overflow in float32.
-MAX_GUIDANCE_SCALE = 1e6
+# Far above any of use; much larger ones would overflow.
+MAX_GUIDANCE_SCALE = 1e4
 
 
 def check_guidance(
