@@ -11,6 +11,9 @@ def describe(value: Any) -> str:
     """What an error says of a value that it got: kind and shape of a tensor, the beginning of anything long."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, int) and value.bit_length() > 1000:
+        # Python refuses to print the largest.
+        return f"an integer of {value.bit_length()} bits"
     return reprlib.repr(value)
 
 
