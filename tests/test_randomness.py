@@ -36,3 +36,9 @@ def test_without_a_generator_the_global_seed_decides(num_images):
 def test_list_of_wrong_length(length):
     with pytest.raises(ValueError, match=f"`generator`.*2 images.*list of {length}"):
         image_generators([torch.Generator()] * length, 2)
+
+
+@pytest.mark.parametrize("generator", [5, "ab", [0, 1], [torch.Generator(), None], {}, torch.Generator])
+def test_what_is_no_generator(generator):
+    with pytest.raises(TypeError, match="`generator` must be a `torch.Generator` or a list of these, got"):
+        image_generators(generator, 2)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .checks import describe, is_number
+
 
 # Strength of guidance over a sequence: from progress in [0, 1] to a share of `guidance_scale - 1` in [0, 1].
 GUIDANCE_SCHEDULES = {
@@ -13,24 +15,35 @@ GUIDANCE_SCHEDULES = {
 }
 
 
+# Far above any of use; much larger ones would overflow.
+MAX_GUIDANCE_SCALE = 1e4
+
+
 def check_guidance(
     guidance_scale: float,
     guidance_interval: tuple[float, float],
     class_dropout_prob: float,
     schedule: str = "constant",
 ) -> None:
-    """Raise a `ValueError` if an argument is out of its range, or if the model cannot be guided."""
-    if not 1.0 <= guidance_scale < math.inf:
-        raise ValueError(f"`guidance_scale` must be at least 1.0, which turns guidance off, got {guidance_scale}.")
+    """Raise an error that names the argument if one is wrong, or if the model cannot be guided."""
+    if not is_number(guidance_scale) or not 1.0 <= guidance_scale <= MAX_GUIDANCE_SCALE:
+        raise ValueError(
+            f"`guidance_scale` must be a number from 1.0, which turns guidance off, to {MAX_GUIDANCE_SCALE:g}, got "
+            f"{describe(guidance_scale)}."
+        )
     if guidance_scale > 1.0 and class_dropout_prob == 0:
         raise ValueError(
             f"`guidance_scale` is {guidance_scale}, but this model was trained without class dropout "
             "(`class_dropout_prob=0`) and has no null class: use 1.0."
         )
-    if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise ValueError(f"`guidance_interval` must be two increasing numbers in [0, 1], got {guidance_interval}.")
-    if schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"`guidance_schedule` must be one of {list(GUIDANCE_SCHEDULES)}, got {schedule!r}.")
+    numbers = guidance_interval if isinstance(guidance_interval, (list, tuple)) else ()
+    # A comparison with NaN is false.
+    if len(numbers) != 2 or not all(map(is_number, numbers)) or not 0 <= numbers[0] <= numbers[1] <= 1:
+        raise ValueError(
+            f"`guidance_interval` must be two increasing numbers in [0, 1], got {describe(guidance_interval)}."
+        )
+    if not isinstance(schedule, str) or schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"`guidance_schedule` must be one of {list(GUIDANCE_SCHEDULES)}, got {describe(schedule)}.")
 
 
 def guidance_scales(num_tokens: int, scale: float, schedule: str, interval: tuple[float, float]) -> list[float]:
@@ -42,7 +55,7 @@ def guidance_scales(num_tokens: int, scale: float, schedule: str, interval: tupl
     for token in range(num_tokens):
         progress = token / max(num_tokens - 1, 1)
         guided = interval[0] <= progress <= interval[1]
-        scales.append(1 + guided * (scale - 1) * GUIDANCE_SCHEDULES[schedule](progress))
+        scales.append(1 + guided * (float(scale) - 1) * GUIDANCE_SCHEDULES[schedule](progress))
     return scales
 
 

@@ -1,9 +1,25 @@
 """Randomness by image: what an image looks like depends on its own generator, never on its neighbours."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+
+from .checks import describe
+
+
+def check_generator(generator: Any, num_images: int) -> None:
+    """Raise an error unless it is `None`, a `torch.Generator`, or a list of one for each of `num_images` images."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    if not isinstance(generator, Sequence) or not all(isinstance(each, torch.Generator) for each in generator):
+        raise TypeError(f"`generator` must be a `torch.Generator` or a list of these, got {describe(generator)}.")
+    if len(generator) != num_images:
+        raise ValueError(
+            f"`generator` must be one `torch.Generator` or a list of one for each of the {num_images} images, got "
+            f"a list of {len(generator)}."
+        )
 
 
 def image_generators(
@@ -13,17 +29,12 @@ def image_generators(
     One random generator for each of `num_images` images. A list of them, or a single one for a single image, is used
     as it is. From a single one for several images, or from the global one if there is none, seeds are drawn first.
     """
+    check_generator(generator, num_images)
     if generator is None or (isinstance(generator, torch.Generator) and num_images != 1):
         device = None if generator is None else generator.device
         seeds = torch.randint(2**63 - 1, (num_images,), generator=generator, device=device)
         return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
-    if len(generators) != num_images:
-        raise ValueError(
-            f"`generator` must be one `torch.Generator` or a list of one for each of the {num_images} images, got "
-            f"a list of {len(generators)}."
-        )
-    return generators
+    return [generator] if isinstance(generator, torch.Generator) else list(generator)
 
 
 def draw(

@@ -220,3 +220,108 @@ def test_nearest_codes_of_vq_in_half_precision(make):
 def test_vq_that_decodes_indices_alone(make_baseline):
     with pytest.raises(ValueError, match="`lookup_from_codebook=True`"):
         as_image_tokenizer(make_baseline(VQModel, lookup_from_codebook=True))
+
+
+# --- what is not finite ---
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_a_decoder_that_overflows(make, images, model_class):
+    tokenizer = make(model_class, **({"force_upcast": False} if model_class is AutoencoderKL else {}))
+    # In float32 the normalizations behind it make the large values small again.
+    tokenizer.model.decoder.conv_in.weight.data *= 2e5
+    codes = tokenizer.encode_codes(images)
+    assert torch.isfinite(tokenizer.decode_codes(codes)).all()
+    tokenizer.model.half()
+    one_of_several = torch.cat([torch.zeros(2, 3, 4, 4), codes[:1].detach()])
+    message = f"images of `tokenizer`, {model_class.__name__} in torch.float16, are not finite"
+    with pytest.raises(ValueError, match=message):
+        tokenizer.decode_codes(one_of_several)
+    if model_class is not AutoencoderKL:
+        with pytest.raises(ValueError, match="are not finite"):
+            tokenizer.decode_indices(torch.ones(1, 4, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_an_encoder_that_is_not_finite(make, images, model_class):
+    tokenizer = make(model_class, **({"force_upcast": False} if model_class is AutoencoderKL else {}))
+    tokenizer.model.encoder.conv_in.weight.data *= 2e5
+    assert torch.isfinite(tokenizer.encode_codes(images)).all()
+    calls = [tokenizer.encode_codes] + ([tokenizer.encode_indices] if tokenizer.codebook_size else [])
+    tokenizer.model.half()
+    for encode in calls:
+        with pytest.raises(ValueError, match="not finite"):
+            encode(images.half())
+    tokenizer.model.float()
+    tokenizer.model.quant_conv.bias.data[0] = torch.nan
+    for encode in calls:
+        with pytest.raises(ValueError, match="not finite"):
+            encode(images)
+
+
+def test_a_codebook_that_is_not_finite(make, images):
+    tokenizer = make(VQModel)
+    tokenizer.model.quantize.embedding.weight.data[7, 1] = torch.nan
+    for call in (tokenizer.encode_indices, tokenizer.encode_codes):
+        with pytest.raises(ValueError, match="codebook of `tokenizer`, VQModel in torch.float32, are not finite"):
+            call(images)
+    with pytest.raises(ValueError, match="codebook of `tokenizer`"):
+        tokenizer.nearest_codes(torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_no_code_is_next_to_what_is_not_finite(make, model_class, bad):
+    values = torch.zeros(2, 3, 4, 4)
+    values[1, 2, 3, 0] = bad
+    with pytest.raises(ValueError, match="`values` is not finite"):
+        make(model_class).nearest_codes(values)
+
+
+@pytest.mark.parametrize("sample_posterior", [False, True])
+def test_upcast(make, images, sample_posterior):
+    """As the model of Stable Diffusion XL does: in float32, and then back in its dtype."""
+    tokenizer = make(AutoencoderKL, force_upcast=True)
+    for part in (tokenizer.model.encoder, tokenizer.model.decoder):
+        part.conv_in.weight.data *= 2e5
+    tokenizer.model.half()
+
+    def results():
+        torch.manual_seed(0)
+        codes = tokenizer.encode_codes(images.half().to(dtype), sample_posterior)
+        return codes, tokenizer.decode_codes(codes)
+
+    dtype = torch.float16
+    codes, sample = results()
+    assert tokenizer.model.dtype == codes.dtype == torch.float16
+    tokenizer.model.float()
+    dtype = torch.float32
+    expected_codes, _ = results()
+    torch.testing.assert_close(codes.float(), expected_codes, rtol=1e-3, atol=1e-3)
+    assert torch.equal(sample, tokenizer.decode_codes(codes.float()))
+
+
+def test_dtype_after_an_error_in_float32(make):
+    tokenizer = make(AutoencoderKL, force_upcast=True)
+    tokenizer.model.half()
+    with pytest.raises(RuntimeError):
+        tokenizer.decode_codes(torch.zeros(1, 7, 4, 4))
+    assert tokenizer.model.dtype == torch.float16
+
+
+def test_upcast_of_a_model_offloaded_by_parts(make, images):
+    tokenizer = make(AutoencoderKL, force_upcast=True)
+    tokenizer.model.half()
+    codes = tokenizer.encode_codes(images.half())
+    sample = tokenizer.decode_codes(codes)
+    cpu_offload(tokenizer.model, execution_device=torch.device("cpu"))
+    assert torch.equal(tokenizer.encode_codes(images.half()), codes)
+    assert torch.equal(tokenizer.decode_codes(codes), sample)
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_a_model_that_was_compiled(make, images, model_class):
+    tokenizer = make(model_class)
+    view = as_image_tokenizer(torch.compile(tokenizer.model, backend="aot_eager"))
+    assert view.model is tokenizer.model
+    assert torch.equal(view.encode_codes(images), tokenizer.encode_codes(images))

@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from hf_ifsq import (
@@ -29,32 +26,6 @@ STEPS = {"ar": 12, "dit": 5}
 
 def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-@pytest.fixture
-def make_tokenizer(make_autoencoder):
-    def make(**overrides):
-        return make_autoencoder(**{"levels": (5, 3), "sample_size": (12, 16), "scaling_factor": 1.5, **overrides})
-
-    return make
-
-
-@pytest.fixture
-def make_pipeline(make_tokenizer, make_ar, make_dit):
-    """Factory of pipelines "ar" and "dit": 3 x 4 cells of 4 x 4 pixels, 15 codes in two channels, 5 named classes."""
-
-    def make(kind, tokenizer=None, scheduler=None, **overrides):
-        tokenizer = tokenizer or make_tokenizer()
-        overrides = {"id2label": dict(enumerate(NAMES)), **overrides}
-        if kind == "ar":
-            pipeline = IFSQARPipeline(make_ar(**{"vocab_sizes": [5, 3], **overrides}), tokenizer)
-        else:
-            transformer = make_dit(**{"sample_size": (3, 4), "in_channels": 2, **overrides})
-            pipeline = IFSQDiTPipeline(transformer, tokenizer, scheduler or FlowMatchEulerDiscreteScheduler())
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return make
 
 
 @pytest.fixture

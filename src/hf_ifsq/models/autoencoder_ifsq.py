@@ -6,6 +6,7 @@ from itertools import product
 from types import EllipsisType
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, Decoder, DecoderOutput, Encoder
@@ -289,3 +290,7 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         if size <= tile:
             return [0]
         return [*range(0, size - tile, max(1, round(tile * (1 - self.tile_overlap_factor)))), size - tile]
+
+
+# `AutoModel` of diffusers looks up the class that a config names in diffusers itself.
+diffusers.AutoencoderIFSQ = AutoencoderIFSQ  # type: ignore[attr-defined]

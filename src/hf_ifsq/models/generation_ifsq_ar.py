@@ -102,7 +102,7 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         top_p: float | None | Sequence[float | None] = AS_CONFIGURED,
         do_sample: bool = AS_CONFIGURED,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        callback: Callable[[int, torch.Tensor], None] | None = None,
+        callback: Callable[[int, torch.Tensor], bool | None] | None = None,
         generation_config: GenerationConfig | None = None,
     ) -> torch.Tensor:
         """
@@ -130,9 +130,9 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 one for all images or one each, see [`~hf_ifsq.randomness.image_generators`]. What is sampled for an
                 image depends on its generator and label alone.
-            callback (`Callable[[int, torch.Tensor], None]`, *optional*):
+            callback (`Callable[[int, torch.Tensor], bool | None]`, *optional*):
                 called after each step with the number of tokens generated and the ids, `(batch, num_tokens)`, which
-                it may change, and which change when it goes on.
+                it may change, and which change when it goes on. If it returns `True`, the ids to come stay 0.
             generation_config ([`~transformers.GenerationConfig`], *optional*):
                 options, with `guidance_schedule` and `guidance_interval` as additional ones.
 
@@ -176,7 +176,7 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         scales: list[float],
         processors: list[LogitsProcessorList] | None,
         uniforms: torch.Tensor | None,
-        callback: Callable[[int, torch.Tensor], None] | None,
+        callback: Callable[[int, torch.Tensor], bool | None] | None,
     ) -> torch.Tensor:
         batch, num_factors, device = len(class_labels), len(self.config.vocab_sizes), class_labels.device
         num_guided = max((step + 1 for step, scale in enumerate(scales) if scale > 1), default=0)
@@ -211,8 +211,8 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
                     chosen = factors[-1].repeat(rows // batch)
                     hidden_states = self.model.embed_tokens.embed_factor(position, chosen[:, None])
             indices[:, step] = self.model.join_factors(factors)
-            if callback is not None:
-                callback(step + 1, indices)
+            if callback is not None and callback(step + 1, indices):
+                break
             # 3. The next input. Unconditional rows are of no use after the last step with guidance; compiled layers
             # take them along, since for another number of rows they would be compiled again.
             if step + 1 == num_guided and not kept:

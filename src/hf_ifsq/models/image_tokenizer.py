@@ -5,7 +5,8 @@ diffusers' [`~diffusers.VQModel`] and [`~diffusers.AutoencoderKL`].
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from ..randomness import draw
@@ -26,7 +28,8 @@ from .quantization import check_indices
 class ImageTokenizer(nn.Module, ABC):
     """
     A tokenizer `model` seen as a map from images to codes, integers where it has a codebook, and back. `codes` are the
-    values that its decoder takes, `(batch, latent_channels, rows, columns)`. It has no weights of its own.
+    values that its decoder takes, `(batch, latent_channels, rows, columns)`. It has no weights of its own. What is not
+    finite is a `ValueError` in all but `forward`.
 
     Attributes:
         grid_size (`tuple[int, int]`): rows and columns of the codes of an image of the model's `sample_size`.
@@ -84,11 +87,16 @@ class ImageTokenizer(nn.Module, ABC):
 
     def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
         """The codes next to any values of their shape, in the dtype of these; without a codebook the values."""
-        return values
+        # The code next to NaN would be some code.
+        if not torch.isfinite(values).all():
+            raise ValueError("`values` is not finite (NaN or infinity): no codes are next to it.")
+        return self._nearest_codes(values)
 
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Images `(batch, channels, height, width)`, about in [-1, 1], of codes or of values near codes."""
-        return self.model.decode(codes.to(self.model.dtype)).sample
+        sample = self._decode(codes)
+        self._check_finite(sample, "decoded images")
+        return sample
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
         """Images `(batch, channels, height, width)`, about in [-1, 1], of token ids `(batch, rows, columns)`."""
@@ -108,6 +116,12 @@ class ImageTokenizer(nn.Module, ABC):
             raise self._no_codebook()
         return self.codebook_size
 
+    def _nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(codes.to(self.model.dtype)).sample
+
     def _no_codebook(self) -> ValueError:
         return ValueError(
             f"`tokenizer` is an {type(self.model).__name__}, whose codes are continuous: it has no tokens. Use an "
@@ -119,6 +133,13 @@ class ImageTokenizer(nn.Module, ABC):
         check_pixel_values(pixel_values, self.in_channels, self.downsampling_factor)
         if not torch.isfinite(pixel_values).all():
             raise ValueError("`pixel_values` is not finite (NaN or infinity).")
+
+    def _check_finite(self, values: torch.Tensor, what: str) -> None:
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"The {what} of `tokenizer`, {type(self.model).__name__} in {self.model.dtype}, are not finite: it "
+                "overflows in this dtype, or its weights or what it was given hold NaN or infinity."
+            )
 
 
 class _IFSQTokenizer(ImageTokenizer):
@@ -139,7 +160,7 @@ class _IFSQTokenizer(ImageTokenizer):
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
         return self.model.quantizer.indices_to_codes(indices)
 
-    def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
+    def _nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
         return self.model.quantizer.nearest_codes(values)
 
     def forward(
@@ -175,10 +196,10 @@ class _VQTokenizer(ImageTokenizer):
         check_indices(indices, self.require_codebook())
         return self._look_up(indices).movedim(-1, 1)
 
-    def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
+    def _nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
         return self.indices_to_codes(self._nearest_indices(values)).to(values.dtype)
 
-    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         return self.model.decode(codes.to(self.model.dtype), force_not_quantize=True).sample
 
     def forward(
@@ -198,7 +219,10 @@ class _VQTokenizer(ImageTokenizer):
         # As VQModel does it, but in float32 whatever its dtype.
         codebook = self._look_up(torch.arange(self.require_codebook(), device=values.device)).float()
         distances = torch.cdist(values.movedim(1, -1).flatten(0, -2).float(), codebook)
-        return distances.argmin(dim=1).view(values.shape[0], *values.shape[2:])
+        indices = distances.argmin(dim=1, keepdim=True)
+        # The smallest of them is NaN where any is.
+        self._check_finite(distances.gather(1, indices), "distances to the codebook")
+        return indices.view(values.shape[0], *values.shape[2:])
 
 
 class _KLTokenizer(ImageTokenizer):
@@ -211,14 +235,36 @@ class _KLTokenizer(ImageTokenizer):
         self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> torch.Tensor:
         self._check_pixel_values(pixel_values)
-        posterior = self.model.encode(pixel_values).latent_dist
-        return posterior.mode() if generators is None else posterior.sample(generators)
+        with self._upcast():
+            posterior = self.model.encode(pixel_values.to(self.model.dtype)).latent_dist
+        codes = posterior.mode() if generators is None else posterior.sample(generators)
+        codes = codes.to(pixel_values.dtype)
+        self._check_finite(codes, "codes")
+        return codes
 
     def codes_to_latents(self, codes: torch.Tensor) -> torch.Tensor:
         return (codes - self.shift_factor) * self.scaling_factor
 
     def latents_to_codes(self, latents: torch.Tensor) -> torch.Tensor:
         return latents / self.scaling_factor + self.shift_factor
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        with self._upcast():
+            return super()._decode(codes)
+
+    @contextmanager
+    def _upcast(self) -> Iterator[None]:
+        """With `force_upcast` in its config a model in float16 computes in float32, as that of Stable Diffusion XL."""
+        needed = self.model.config.force_upcast and self.model.dtype == torch.float16
+        # Quantized weights cannot be cast.
+        if not needed or getattr(self.model, "is_quantized", False):
+            yield
+            return
+        self.model.float()
+        try:
+            yield
+        finally:
+            self.model.half()
 
     def forward(
         self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
@@ -237,7 +283,11 @@ _VIEWS = {AutoencoderIFSQ: _IFSQTokenizer, VQModel: _VQTokenizer, AutoencoderKL:
 
 
 def as_image_tokenizer(model: ModelMixin) -> ImageTokenizer:
-    """The common view of an [`AutoencoderIFSQ`], a [`~diffusers.VQModel`] or an [`~diffusers.AutoencoderKL`]."""
+    """
+    The common view of an [`AutoencoderIFSQ`], a [`~diffusers.VQModel`] or an [`~diffusers.AutoencoderKL`], or of the
+    model in one that `torch.compile` returned, whose encoder and decoder are not compiled in any case.
+    """
+    model = unwrap_module(model)
     for model_class, view in _VIEWS.items():
         if isinstance(model, model_class):
             return view(model)

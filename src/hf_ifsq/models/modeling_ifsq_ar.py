@@ -376,8 +376,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
             self._check_class_labels(class_labels)
             if class_labels.shape[0] != input_ids.shape[0]:
                 raise ValueError(
-                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, got "
-                    f"shape {tuple(class_labels.shape)}."
+                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, "
+                    f"got shape {tuple(class_labels.shape)}."
                 )
         elif past_key_values is None:
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
@@ -372,3 +373,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         check_positive(config["scaling_factor"], "scaling_factor")
     if config["equal_bins"] is not None:
         check_flag(config["equal_bins"], "equal_bins")
+
+
+# `AutoModel` of diffusers looks up the class that a config names in diffusers itself.
+diffusers.IFSQDiTTransformer2DModel = IFSQDiTTransformer2DModel  # type: ignore[attr-defined]

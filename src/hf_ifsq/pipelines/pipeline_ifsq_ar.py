@@ -8,6 +8,7 @@ import torch
 from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ..checks import check_bool
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.grid import as_grid
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
@@ -31,6 +32,9 @@ class IFSQARPipeline(ClassConditionalPipeline):
     >>> images = pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images
     ```
     """
+
+    _component_classes = {"transformer": IFSQARForImageGeneration}
+    _callback_tensor_inputs = ["indices"]
 
     def __init__(self, transformer: IFSQARForImageGeneration, tokenizer: AutoencoderIFSQ | VQModel):
         super().__init__(transformer=transformer, tokenizer=tokenizer)
@@ -80,6 +84,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("indices",),
     ) -> ImagePipelineOutput | tuple:
         """
         Generate images.
@@ -100,29 +105,44 @@ class IFSQARPipeline(ClassConditionalPipeline):
                 called after each token with the pipeline, the step, the step again (where diffusion pipelines give
                 the timestep), and a dictionary with `"indices"`, the ids `(batch, num_tokens)` of the images generated
                 at the time, zero where they are still to come. It returns such a dictionary; changes are taken over.
+                If it sets `pipe._interrupt = True`, no token follows: what there is of these images is decoded, with
+                token 0 in place of the others, and the images of batches to come are left out.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["indices"]`):
+                what the dictionary is to hold, `[]` for nothing.
         """
         # 1. Check and prepare the inputs.
-        labels, batches = self._prepare(class_labels, num_images_per_label, batch_size, output_type)
+        labels, batches = self._prepare(
+            class_labels, num_images_per_label, batch_size, generator, output_type, return_dict
+        )
         if do_sample is AS_CONFIGURED:
             do_sample = self.transformer.generation_config.do_sample is not False
+        check_bool("do_sample", do_sample)
+        shown = self._shown_to_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generators = image_generators(generator, len(labels)) if do_sample else None
         config = self.transformer.config
+        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, config.num_tokens, False
 
         # 2. Generate the tokens and decode them.
         outputs = []
         with self.progress_bar(total=config.num_tokens * len(batches)) as progress_bar:
 
-            def on_step_end(num_generated: int, indices: torch.Tensor) -> None:
+            def on_step_end(num_generated: int, indices: torch.Tensor) -> bool:
                 if callback_on_step_end is not None:
                     step = num_generated - 1
-                    changed = self._call_back(callback_on_step_end, step, step, "indices", indices)
+                    changed = self._call_back(callback_on_step_end, shown, step, step, indices)
                     if changed.min() < 0 or changed.max() >= config.codebook_size:
                         raise ValueError(
                             f"`callback_on_step_end` must return `indices` in [0, {config.codebook_size}), "
                             f"but they span [{changed.min().item()}, {changed.max().item()}]."
                         )
                     indices.copy_(changed)
+                    if self._guidance_scale != guidance_scale:
+                        raise ValueError(
+                            "`callback_on_step_end` must leave the guidance scale alone, whose rows are laid out "
+                            "beforehand: give `guidance_interval`."
+                        )
                 progress_bar.update()
+                return self._interrupt
 
             for batch in batches:
                 indices = self.transformer.generate(
@@ -138,6 +158,8 @@ class IFSQARPipeline(ClassConditionalPipeline):
                     callback=on_step_end,
                 ).unflatten(1, as_grid(config.grid_size))
                 outputs.append(indices if output_type == "latent" else self._image_tokenizer.decode_indices(indices))
+                if self._interrupt:
+                    break
 
         # 3. Make pictures.
         return self._finish(outputs, output_type, return_dict)

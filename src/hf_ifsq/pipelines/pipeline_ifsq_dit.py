@@ -18,6 +18,7 @@ from diffusers import (
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ..checks import check_bool, check_integer, describe, is_tensor
 from ..guidance import check_guidance, guide
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.grid import as_grid
@@ -27,6 +28,8 @@ from .pipeline_utils import ClassConditionalPipeline
 
 
 FLOW_MATCHING_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+# Far above any of use.
+MAX_STEPS = 10_000
 MULTISTEP_SCHEDULERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 
 
@@ -52,6 +55,9 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
     >>> images = pipe(["three", 7], num_images_per_label=4, generator=torch.Generator().manual_seed(0)).images
     ```
     """
+
+    _component_classes = {"transformer": IFSQDiTTransformer2DModel, "scheduler": SchedulerMixin}
+    _callback_tensor_inputs = ["latents"]
 
     def __init__(
         self,
@@ -107,6 +113,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
         """
         Generate images.
@@ -114,7 +121,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         Args:
             class_labels, num_images_per_label, batch_size, generator, return_dict: as in [`IFSQARPipeline`].
             num_inference_steps (`int`, *optional*, defaults to 50):
-                steps of the scheduler. Heun's method calls the model twice in each but the last.
+                steps of the scheduler, at most 10,000. Heun's method calls the model twice in each but the last.
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 strength of classifier-free guidance, on all channels; at least 1.0, which turns it off.
             guidance_interval (`tuple[float, float]`, *optional*, defaults to `(0.0, 1.0)`):
@@ -127,21 +134,31 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 as in [`IFSQARPipeline`], but `"latent"` for the final latents, codes times `scaling_factor`.
             callback_on_step_end (`Callable`, *optional*):
                 as in [`IFSQARPipeline`], with the scheduler's timestep of the model's last call and with `"latents"`.
+                If it sets `pipe._interrupt = True`, the latents as they are then are decoded. If it sets
+                `pipe._guidance_scale`, the next steps take that; 1.0 turns guidance off.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                what the dictionary is to hold, `[]` for nothing.
         """
         # 1. Check and prepare the inputs.
-        labels, batches = self._prepare(class_labels, num_images_per_label, batch_size, output_type)
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        labels, batches = self._prepare(
+            class_labels, num_images_per_label, batch_size, generator, output_type, return_dict
+        )
+        check_bool("snap_to_codes", snap_to_codes)
+        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
         check_guidance(guidance_scale, guidance_interval, self.transformer.config.class_dropout_prob)
+        shown = self._shown_to_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_scheduler()
         tokenizer = self._image_tokenizer
         shape = (len(labels), self.transformer.config.in_channels, *tokenizer.grid_size)
         if latents is None:
             latents = draw(torch.randn, shape[1:], image_generators(generator, len(labels)), labels.device)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}.")
+        elif not is_tensor(latents) or not latents.is_floating_point() or tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must be a tensor of floats of shape {shape}, got {describe(latents)}.")
         # The path is followed in float32 whatever the dtype of the model.
         latents = latents.to(labels.device, torch.float32)
+        if not torch.isfinite(latents).all():
+            raise ValueError("`latents` is not finite in float32 (NaN or infinity).")
+        self._num_timesteps, self._interrupt = num_inference_steps, False
 
         # 2. Follow the velocity from noise to latents and decode them.
         outputs = []
@@ -151,7 +168,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 progress_bar.update()
                 if callback_on_step_end is None:
                     return latents
-                changed = self._call_back(callback_on_step_end, step, timestep, "latents", latents)
+                changed = self._call_back(callback_on_step_end, shown, step, timestep, latents)
                 if isinstance(self.scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
                     # It would go back to the latents before this step, to correct it, and so undo the change.
                     self.scheduler.last_sample = None  # type: ignore[attr-defined]
@@ -159,14 +176,15 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
             for batch in batches:
                 self._set_timesteps(num_inference_steps)
-                final_latents = self._follow_velocity(
-                    latents[batch], labels[batch], guidance_scale, guidance_interval, on_step_end
-                )
+                self._guidance_scale = float(guidance_scale)
+                final_latents = self._follow_velocity(latents[batch], labels[batch], guidance_interval, on_step_end)
                 codes = tokenizer.latents_to_codes(final_latents)
                 if snap_to_codes:
                     codes = tokenizer.nearest_codes(codes)
                 finish = tokenizer.codes_to_latents if output_type == "latent" else tokenizer.decode_codes
                 outputs.append(finish(codes))
+                if self._interrupt:
+                    break
 
         # 3. Make pictures.
         return self._finish(outputs, output_type, return_dict)
@@ -175,7 +193,6 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         self,
         latents: torch.Tensor,
         labels: torch.Tensor,
-        guidance_scale: float,
         guidance_interval: tuple[float, float],
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
@@ -185,7 +202,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         num_calls = len(scheduler.timesteps)
         labels_and_null = torch.cat([labels, torch.full_like(labels, transformer.config.num_classes)])
         for call, timestep in enumerate(scheduler.timesteps):
-            t = 1 - sigmas[call]
+            t, guidance_scale = 1 - sigmas[call], self._guidance_scale
             # Sigmas are rounded to float32: 1 - 0.7 is not quite 0.3.
             guided = guidance_scale > 1 and guidance_interval[0] - 1e-6 <= t <= guidance_interval[1] + 1e-6
             rows = (latents.repeat(2, 1, 1, 1) if guided else latents).to(transformer.dtype)
@@ -203,6 +220,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             # A scheduler of order 2 makes a step of two calls, and the last one of one.
             if (call + 1) % scheduler.order == 0 or call + 1 == num_calls:
                 latents = on_step_end(call // scheduler.order, timestep, latents)
+                if self._interrupt:
+                    break
         # The nearest code of NaN would be some code, and give a picture.
         if not torch.isfinite(latents).all():
             raise ValueError(

@@ -1,22 +1,27 @@
-"""What the two class-conditional pipelines share: labels, the match of model and tokenizer, pictures."""
+"""What the two class-conditional pipelines share: labels, the match of model and tokenizer, callbacks, pictures."""
 
 import difflib
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _unwrap_model
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import nn
 
+from ..checks import check_bool, check_integer, describe, is_tensor
 from ..cpu_kernels import enable_cpu_kernels
 from ..models.image_tokenizer import ImageTokenizer, as_image_tokenizer
+from ..randomness import check_generator
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_IMAGES_PER_LABEL = 100_000
 ClassLabels = int | str | Sequence[int | str] | torch.Tensor
 
 # Pipelines on the Hub are only downloaded if diffusers knows the modules of their components.
@@ -31,9 +36,18 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
     """
 
     model_cpu_offload_seq = "transformer->tokenizer"  # type: ignore[assignment]
+    # Beside the tokenizer.
+    _component_classes: ClassVar[dict[str, type]]
+    # What a `callback_on_step_end` may see and change.
+    _callback_tensor_inputs: ClassVar[list[str]]
+
+    _interrupt = False
+    _num_timesteps = 0
+    _guidance_scale = 1.0
 
     def __init__(self, **components: Any):
         super().__init__()
+        self._check_classes(components)
         self.register_modules(**components)
         for name, component in components.items():
             if isinstance(component, nn.Module):
@@ -42,8 +56,33 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self._image_tokenizer.downsampling_factor)
 
     @property
+    def interrupt(self) -> bool:
+        """Whether the call ends after this step: so it does if `_interrupt` is set to `True`, until the next call."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Calls of `callback_on_step_end` for a batch."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """That of the last call."""
+        return self._guidance_scale
+
+    @property
     def _image_tokenizer(self) -> ImageTokenizer:
         return as_image_tokenizer(self.tokenizer)
+
+    def _check_classes(self, components: Mapping[str, Any]) -> None:
+        """Raises a `ValueError` if a component is missing or of a wrong class. Models may be compiled or adapted."""
+        for name, component_class in self._component_classes.items():
+            if not isinstance(_unwrap_model(components[name]), component_class):
+                raise ValueError(
+                    f"`{name}` must be an {component_class.__name__}, which {type(self).__name__} cannot do without, "
+                    f"got {type(components[name]).__name__}."
+                )
+        as_image_tokenizer(components["tokenizer"])
 
     @abstractmethod
     def _check_match(self) -> None:
@@ -59,10 +98,12 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         id2label = self.transformer.config.id2label or {}
         return {name: class_id for class_id, name in sorted((int(key), name) for key, name in id2label.items())}
 
-    def get_label_ids(self, names: str | Sequence[str]) -> list[int]:
+    def get_label_ids(self, class_labels: str | Sequence[str]) -> list[int]:
         """The ids of one or more of the names in `labels`; an unknown one is an error that suggests the closest."""
         labels = self.labels
-        names = [names] if isinstance(names, str) else list(names)
+        names = [class_labels] if isinstance(class_labels, str) else class_labels
+        if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`class_labels` must be one or more names of classes, got {describe(class_labels)}.")
         id2label = self.transformer.config.id2label or {}
         for name in names:
             ids = [class_id for class_id, other in id2label.items() if other == name]
@@ -79,50 +120,97 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         return [labels[name] for name in names]
 
     def _prepare(
-        self, class_labels: ClassLabels, num_images_per_label: int, batch_size: int | None, output_type: str
+        self,
+        class_labels: ClassLabels,
+        num_images_per_label: int,
+        batch_size: int | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
     ) -> tuple[torch.Tensor, list[slice]]:
         """Check the inputs of both pipelines. Gives each image's label and the images that are generated together."""
+        self._check_classes(self.components)
         self._check_match()
         for name in ("transformer", "tokenizer"):
             if getattr(self, name).training:
                 raise ValueError(f"`{name}` is in training mode: call `pipe.{name}.eval()` before generating.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {output_type!r}.")
-        if num_images_per_label < 1:
-            raise ValueError(f"`num_images_per_label` must be at least 1, got {num_images_per_label}.")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-        ids = self._class_ids(class_labels)
-        labels = torch.tensor(ids, device=self._execution_device).repeat_interleave(num_images_per_label)
-        step = batch_size or len(labels)
+        device = self._execution_device
+        if device.type == "meta":
+            raise ValueError("The pipeline is on the meta device, where models have no weights: load it again.")
+        if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {describe(output_type)}.")
+        check_bool("return_dict", return_dict)
+        repeats = check_integer("num_images_per_label", num_images_per_label, 1, MAX_IMAGES_PER_LABEL)
+        labels = torch.tensor(self._class_ids(class_labels), device=device).repeat_interleave(repeats)
+        check_generator(generator, len(labels))
+        step = len(labels) if batch_size is None else min(check_integer("batch_size", batch_size, 1), len(labels))
         return labels, [slice(start, start + step) for start in range(0, len(labels), step)]
 
     def _class_ids(self, class_labels: ClassLabels) -> list[int]:
-        if isinstance(class_labels, torch.Tensor):
-            class_labels = class_labels.flatten().tolist()
-        elif isinstance(class_labels, str) or not isinstance(class_labels, (Sequence, np.ndarray)):
-            class_labels = [class_labels]
-        if len(class_labels) == 0:
-            raise ValueError("`class_labels` is empty: give at least one class.")
         num_classes = self.transformer.config.num_classes
+        expected = f"`class_labels` must be names or integers in [0, {num_classes}), one or a list of them"
+        labels: Any = class_labels
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
+            if class_labels.ndim > 1 or not (isinstance(class_labels, np.ndarray) or is_tensor(class_labels)):
+                raise ValueError(f"{expected}, got {describe(class_labels)}.")
+            labels = class_labels.tolist()
+        # Bytes are a sequence of integers too.
+        if isinstance(labels, (str, bytes, bytearray)) or not isinstance(labels, Sequence):
+            labels = [labels]
+        if len(labels) == 0:
+            raise ValueError("`class_labels` is empty: give at least one class.")
         ids = []
-        for label in class_labels:
+        for label in labels:
             if isinstance(label, str):
                 label = self.get_label_ids(label)[0]
             if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < num_classes:
-                raise ValueError(f"`class_labels` must be names or integers in [0, {num_classes}), got {label!r}.")
+                raise ValueError(f"{expected}, got {describe(label)}.")
             ids.append(int(label))
         return ids
 
+    def _shown_to_callback(self, callback: Any, tensor_inputs: Sequence[str]) -> list[str]:
+        """Check the two arguments on callbacks. Gives the names of what is shown, which diffusers' own ones know."""
+        if callback is not None and not _takes_four_arguments(callback):
+            raise TypeError(
+                "`callback_on_step_end` must be a function of the pipeline, the step, the timestep and a dictionary, "
+                f"got {describe(callback)}."
+            )
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = callback.tensor_inputs
+        known = self._callback_tensor_inputs
+        if not isinstance(tensor_inputs, (list, tuple)) or any(name not in known for name in tensor_inputs):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a list of names among {known}, got "
+                f"{describe(tensor_inputs)}."
+            )
+        return list(tensor_inputs)
+
     def _call_back(
-        self, callback: Callable[..., dict], step: int, timestep: Any, name: str, values: torch.Tensor
+        self,
+        callback: Callable[..., Mapping[str, torch.Tensor]],
+        shown: list[str],
+        step: int,
+        timestep: Any,
+        values: torch.Tensor,
     ) -> torch.Tensor:
-        """Show values to the user's function and return what it makes of them."""
-        changed = callback(self, step, timestep, {name: values.clone()}).get(name, values)
-        if changed.shape != values.shape or (name == "indices" and changed.dtype != values.dtype):
+        """Show values to the user's function, if it is to see them, and return what it makes of them."""
+        (name,) = self._callback_tensor_inputs
+        returned = callback(self, step, timestep, {key: values.clone() for key in shown})
+        if not isinstance(returned, Mapping) or any(key != name for key in returned):
+            raise TypeError(
+                f"`callback_on_step_end` must return a dictionary, empty or with `{name}`, got {describe(returned)}."
+            )
+        changed = returned.get(name, values)
+        if (
+            not is_tensor(changed)
+            or changed.shape != values.shape
+            or changed.dtype == torch.bool
+            or changed.is_complex()
+            or changed.is_floating_point() != values.is_floating_point()
+        ):
             raise ValueError(
                 f"`callback_on_step_end` must return `{name}` of shape {tuple(values.shape)} and {values.dtype}, got "
-                f"{tuple(changed.shape)} and {changed.dtype}."
+                f"{describe(changed)}."
             )
         return changed.to(values)
 
@@ -136,17 +224,41 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
 
+def _takes_four_arguments(function: Any) -> bool:
+    if not callable(function):
+        return False
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # Compiled ones do not tell.
+        return True
+    try:
+        signature.bind(*range(4))
+    except TypeError:
+        return False
+    return True
+
+
 def check_finite_weights(model: nn.Module, name: str) -> None:
     """Raise a `ValueError` if a weight of a model is NaN or infinite: the picture would be noise, or none."""
-    bad = [
-        key
-        for key, weight in model.named_parameters()
-        # Numbers of 8 bits have no `isfinite` of their own.
-        if weight.is_floating_point() and not weight.is_meta
-        if not torch.isfinite(weight.float() if weight.itemsize == 1 else weight).all()
-    ]
+    bad = [key for key, weight in model.named_parameters() if not all(map(_is_finite, _plain_tensors(weight)))]
     if bad:
         raise ValueError(
             f"`{name}` has {len(bad)} weights with NaN or infinite values, the first being {bad[:3]}: the checkpoint "
             "is broken or its training diverged."
         )
+
+
+def _plain_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """A weight itself, or the integers, scales and so on that a quantized one is made of."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()
+    return [tensor for name in names for tensor in _plain_tensors(getattr(weight, name))]
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    if not weight.is_floating_point() or weight.is_meta:
+        return True
+    # Numbers of 8 bits have no `isfinite` of their own.
+    return bool(torch.isfinite(weight.float() if weight.itemsize == 1 else weight).all())
