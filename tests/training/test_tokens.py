@@ -239,13 +239,14 @@ def test_items(token_folder, with_features):
         assert len(data) == info.num_rows[split]
         for index in range(len(data)):
             item = data[index]
-            assert item.keys() == {"indices", "class_labels"} | ({"teacher_features"} if with_features else set())
+            names = {"indices", "class_labels", "position"} | ({"teacher_features"} if with_features else set())
+            assert item.keys() == names and item["position"] == index
             assert item["indices"].dtype == item["class_labels"].dtype == torch.int64
             assert torch.equal(item["indices"], columns["indices"][index])
             assert torch.equal(item["class_labels"], columns["label"][index])
             if with_features:
                 assert torch.equal(item["teacher_features"], columns["teacher_features"][index].half())
-        assert torch.equal(data[3, 17]["indices"], data[3]["indices"])
+        assert torch.equal(data[3, 17]["indices"], data[3]["indices"]) and data[3, 17]["position"] == 17
 
 
 def test_shuffled_rows_and_workers(token_folder):
