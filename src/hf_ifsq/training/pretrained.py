@@ -5,12 +5,14 @@ import logging
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.image_tokenizer import load_image_tokenizer
 from .checkpoints import differences
+from .model_card import without_local_paths
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Pretrained:
         misfits = sorted({key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]})
         if misfits:
             logger.warning(f"{self.name_or_path} has weights of other sizes, initialized anew: {', '.join(misfits)}.")
-        # Where it lay is of no use to others.
-        model.config._name_or_path = ""
+        if isinstance(model, ConfigMixin):
+            # It is saved with the config: where on this machine a model lay is of no use to others.
+            model.register_to_config(_name_or_path=without_local_paths(self.name_or_path))
         return model
