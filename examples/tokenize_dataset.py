@@ -27,7 +27,7 @@ from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, pa
 from hf_ifsq.training.data import NONE, ImageDataset, load_image_dataset, read_class_names
 from hf_ifsq.training.image_transform import ImageTransform
 from hf_ifsq.training.model_card import without_local_paths
-from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint, remember_tokenizer
+from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint, hash_weights, remember_tokenizer
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -69,9 +69,11 @@ def main(args: TokenizationArguments) -> None:
     # 1. Models, in float32: a rounded latent is another token.
     tokenizer = load_image_tokenizer(args.tokenizer, sample_size=args.resolution).to(accelerator.device)
     tokenizer.require_codebook()
-    teacher = None
+    teacher, teacher_facts = None, None
     if args.teacher is not None:
         teacher = Teacher(args.teacher, tokenizer.grid_size).to(accelerator.device)
+        teacher_facts = {"name_or_path": without_local_paths(args.teacher), "hidden_size": teacher.hidden_size}
+        teacher_facts["weights_sha256"] = hash_weights(teacher)
 
     # 2. Images and labels.
     train_images, validation_images = load_image_dataset(**values_for(load_image_dataset, args))
@@ -92,7 +94,7 @@ def main(args: TokenizationArguments) -> None:
         },
         scaling_factor=tokenizer.scaling_factor,
         resolution=args.resolution,
-        teacher=teacher and {"name_or_path": without_local_paths(args.teacher), "hidden_size": teacher.hidden_size},
+        teacher=teacher_facts,
         num_rows={name: len(images) * max(1, num_augmentations[name]) for name, images in splits.items()},
         images={name: without_local_paths(getattr(args, name)) for name in IMAGE_SETTINGS}
         | {f"{name}_sha256": fingerprint_images(images) for name, images in data.items()},

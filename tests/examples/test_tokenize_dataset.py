@@ -34,6 +34,7 @@ from hf_ifsq.training.tokens import (
     TokenDatasetInfo,
     TokenSource,
     fingerprint,
+    hash_weights,
     load_token_dataset,
     remember_tokenizer,
 )
@@ -235,7 +236,8 @@ def test_description_and_card(workspace, reference):
         **fingerprint(tokenizer),
     }
     assert content["tokenizer"]["codebook_size"] == 765 and content["tokenizer"]["grid_size"] == [4, 4]
-    assert content["teacher"] == {"name_or_path": "teacher", "hidden_size": 12}
+    weights = hash_weights(Teacher(str(workspace / "teacher"), (4, 4)))
+    assert content["teacher"] == {"name_or_path": "teacher", "hidden_size": 12, "weights_sha256": weights}
     assert content["num_rows"] == {"train": 120, "validation": 7} and content["resolution"] == 16
     for name, value in {"num_augmentations": 3, "random_flip": True, "min_crop_scale": 0.6, "seed": 4}.items():
         assert content["images"][name] == value
@@ -543,6 +545,16 @@ def test_other_images_than_those_of_the_first_run(run, tmp_path, kind):
         with pytest.raises(ValueError, match="other settings.*`images.train_sha256`"):
             run("--dataset_name", str(tmp_path / "copies" / "data"))
     assert contents(folder) == before
+
+
+def test_another_teacher_of_the_same_name(run, tmp_path):
+    write_teacher(tmp_path / "teacher", 12)
+    run("--teacher", str(tmp_path / "teacher"))
+    model = ViTModel.from_pretrained(tmp_path / "teacher")
+    next(model.parameters()).data += 1
+    model.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="other settings.*`teacher.weights_sha256`"):
+        run("--teacher", str(tmp_path / "teacher"))
 
 
 def test_nothing_names_a_folder_of_this_machine(workspace, run, tmp_path):

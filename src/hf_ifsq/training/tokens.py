@@ -39,9 +39,9 @@ class TokenDatasetInfo:
     """
     What the rows of a token dataset are, the content of its `token_dataset.json`: the `tokenizer` by `name_or_path`,
     `revision` (of the Hub, or `None`) and [`fingerprint`]; the factor that makes latents of its codes; the side of the
-    images in pixels; `name_or_path` and `hidden_size` of the `teacher` whose features are stored, if any; rows of each
-    split; what chose and cut the images, and grouped them into batches and files; and the version of this package.
-    It is for others too: where something lies on this machine is not in it.
+    images in pixels; `name_or_path`, `hidden_size` and `weights_sha256` of the `teacher` whose features are stored, if
+    any; rows of each split; what chose and cut the images, and grouped them into batches and files; and the version of
+    this package. It is for others too: where something lies on this machine is not in it.
     """
 
     tokenizer: dict[str, Any]
@@ -89,10 +89,6 @@ class TokenDatasetInfo:
 
 def fingerprint(tokenizer: ImageTokenizer) -> dict[str, Any]:
     """What makes the tokens of a tokenizer its own: class, codebook, quantizer's options, SHA-256 of the weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(tokenizer.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     config = tokenizer.model.config
     return {
         "class": type(tokenizer.model).__name__,
@@ -100,8 +96,17 @@ def fingerprint(tokenizer: ImageTokenizer) -> dict[str, Any]:
         "levels": tokenizer.levels,
         **{name: config.get(name) for name in ("alpha", "bound", "equal_bins")},
         "grid_size": list(tokenizer.grid_size),
-        "weights_sha256": digest.hexdigest(),
+        "weights_sha256": hash_weights(tokenizer.model),
     }
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """SHA-256 of the names and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict:
