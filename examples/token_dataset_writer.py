@@ -20,6 +20,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow.parquet import ParquetWriter
 
 from hf_ifsq.training.data import ImageDataset
+from hf_ifsq.training.output_folder import lock_folder
 from hf_ifsq.training.tokens import INFO_FILE, TokenDatasetInfo
 
 
@@ -95,6 +96,7 @@ class TokenDatasetWriter:
 
     def __init__(self, folder: str, info: TokenDatasetInfo, label_feature: ClassLabel | Value | None):
         self.folder = Path(folder)
+        self._lock = contextlib.ExitStack()
         self.info = info
         dtype = np.min_scalar_type(info.tokenizer["codebook_size"] - 1)
         self.features = Features({"indices": List(Value(str(dtype)), length=info.num_tokens)})
@@ -105,7 +107,8 @@ class TokenDatasetWriter:
             self.features["teacher_features"] = List(feature, length=info.num_tokens)
 
     def begin(self) -> None:
-        """Prepare the folder, before any process writes shards and in only one of them."""
+        """Prepare the folder and lock it, before any process writes shards and in only one of them."""
+        self._lock.enter_context(lock_folder(self.folder))
         for file in (self.folder / INFO_FILE, self._unfinished):
             if file.is_file():
                 self._check_same(TokenDatasetInfo.from_file(file))
@@ -170,6 +173,7 @@ class TokenDatasetWriter:
         _write_whole(self.folder / "README.md", f"{card}\n")
         if self._unfinished.is_file():
             self._unfinished.rename(self.folder / INFO_FILE)
+        self._lock.close()
 
     @property
     def _unfinished(self) -> Path:
