@@ -15,13 +15,15 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .checks import check_has_values, check_integer, check_integers, check_positive, check_tensor
 from .grid import token_grid
-from .loading import StrictLoadingMixin
+from .loading import DiffusersLoadingMixin
 from .quantization import FiniteScalarQuantizer
 
 
 def check_pixel_values(pixel_values: torch.Tensor, in_channels: int, factor: int) -> None:
     """Raise a `ValueError` unless they are floats `(batch, in_channels, *, *)` with sides that `factor` divides."""
+    check_tensor(pixel_values, "pixel_values")
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or shape[1] != in_channels:
         raise ValueError(f"`pixel_values` must have shape (batch, {in_channels}, height, width), got {shape}.")
@@ -66,7 +68,7 @@ class AutoencoderIFSQOutput(BaseOutput):
     indices: torch.Tensor | None = None
 
 
-class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMixin):  # type: ignore[misc]
     r"""
     Convolutional autoencoder whose bottleneck is finite scalar quantization with the iFSQ bound
     (https://arxiv.org/abs/2601.17124). Its `indices` feed an autoregressive generator, its `codes` a diffusion model.
@@ -132,7 +134,23 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         noise_prob: float = 0.0,
     ):
         super().__init__()
-        z_channels, depth = len(levels) if z_channels is None else z_channels, len(block_out_channels)
+        # It checks the options that the other parts are built by.
+        quantizer = FiniteScalarQuantizer(levels, alpha, bound, equal_bins, noise_prob)
+        z_channels = len(levels) if z_channels is None else z_channels
+        sizes = {"in_channels": in_channels, "out_channels": out_channels, "z_channels": z_channels}
+        sizes.update(layers_per_block=layers_per_block, norm_num_groups=norm_num_groups)
+        for name, size in sizes.items():
+            check_integer(size, name)
+        check_integers(block_out_channels, "block_out_channels")
+        if any(width % norm_num_groups for width in block_out_channels):
+            raise ValueError(
+                f"`block_out_channels` must be multiples of `norm_num_groups` {norm_num_groups}, got "
+                f"{list(block_out_channels)}."
+            )
+        check_positive(scaling_factor, "scaling_factor")
+        self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
+        self.grid_size = token_grid(sample_size, self.downsampling_factor)
+        depth = len(block_out_channels)
         blocks: dict[str, Any] = {
             "block_out_channels": block_out_channels,
             "layers_per_block": layers_per_block,
@@ -141,11 +159,9 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         }
         self.encoder = Encoder(in_channels, z_channels, down_block_types=("DownEncoderBlock2D",) * depth, **blocks)
         self.quant_conv = nn.Conv2d(2 * z_channels, len(levels), 1)
-        self.quantizer = FiniteScalarQuantizer(levels, alpha, bound, equal_bins, noise_prob)
+        self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(len(levels), z_channels, 1)
         self.decoder = Decoder(z_channels, out_channels, up_block_types=("UpDecoderBlock2D",) * depth, **blocks)
-        self.downsampling_factor = 2 ** (len(block_out_channels) - 1)
-        self.grid_size = token_grid(sample_size, self.downsampling_factor)
         self.use_slicing = False
         self.use_tiling = False
 
@@ -166,6 +182,7 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
                 images in [-1, 1]; height and width are multiples of the downsampling factor.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
         """
+        check_has_values(pixel_values, "pixel_values")
         latent = self._encode(pixel_values)
         if not torch.compiler.is_compiling() and not torch.isfinite(latent).all():
             culprit = "the encoder's weights are" if torch.isfinite(pixel_values).all() else "`pixel_values` is"
@@ -182,11 +199,14 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
         [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple` with `sample` of shape `(batch, out_channels,
         height, width)`, about in [-1, 1].
         """
+        check_has_values(codes, "codes")
         if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
             raise ValueError(
                 f"`codes` must have shape (batch, {len(self.quantizer.levels)}, height, width), got "
                 f"{tuple(codes.shape)}."
             )
+        if not codes.is_floating_point():
+            raise ValueError(f"`codes` must be floats in [-1, 1], got a tensor of dtype {codes.dtype}.")
         if not torch.compiler.is_compiling() and not torch.isfinite(codes).all():
             raise ValueError("`codes` is not finite (NaN or infinity): there is nothing to decode.")
         sample = self._decode(codes)
@@ -195,6 +215,7 @@ class AutoencoderIFSQ(StrictLoadingMixin, ModelMixin, AutoencoderMixin, ConfigMi
     @apply_forward_hook
     def decode_indices(self, indices: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """Decode token ids `(batch, height / f, width / f)`, integers in [0, codebook_size), as `decode` codes."""
+        check_tensor(indices, "indices")
         if indices.ndim != 3:
             raise ValueError(f"`indices` must have shape (batch, height, width), got {tuple(indices.shape)}.")
         return self.decode(self.quantizer.indices_to_codes(indices, dtype=self.dtype), return_dict=return_dict)

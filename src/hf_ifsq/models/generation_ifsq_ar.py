@@ -1,17 +1,22 @@
 """Sampling from the AR model, one position at a time."""
 
 from collections.abc import Callable, Sequence
+from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList
 
 from ..guidance import check_guidance, guidance_scales, guide
 from ..randomness import draw, image_generators
+from .checks import as_ids, check_has_values, check_integer
 from .layers_ifsq_ar import Decoder
+from .loading import HUB_OPTIONS
+from .sampling_ifsq_ar import AS_CONFIGURED, IFSQARGenerationConfig, processors_of_factors, sampling_options
 
 
 if TYPE_CHECKING:
@@ -34,34 +39,6 @@ def sample_from_logits(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Te
     return torch.searchsorted(cumulative, threshold[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def processors_of_factors(
-    num_factors: int,
-    temperature: float | Sequence[float],
-    top_k: int | None | Sequence[int | None],
-    top_p: float | None | Sequence[float | None],
-) -> list[LogitsProcessorList]:
-    """transformers' processors for the logits of each factor of a token; the options are those of `generate`."""
-    options: list[Sequence[Any]] = []
-    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-        options.append(value if isinstance(value, Sequence) else [value] * num_factors)
-        if len(options[-1]) != num_factors:
-            raise ValueError(
-                f"`{name}` must be one value or a list with one for each of the {num_factors} factors of a token, got "
-                f"{list(options[-1])}."
-            )
-    factors = []
-    for factor_temperature, factor_top_k, factor_top_p in zip(*options):
-        processors = LogitsProcessorList()
-        if factor_temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(float(factor_temperature)))
-        if factor_top_k is not None:
-            processors.append(TopKLogitsWarper(factor_top_k))
-        if factor_top_p is not None:
-            processors.append(TopPLogitsWarper(factor_top_p))
-        factors.append(processors)
-    return factors
-
-
 class IFSQARGenerationMixin(IFSQARPreTrainedModel):
     """`generate` of [`~hf_ifsq.IFSQARForImageGeneration`]."""
 
@@ -71,8 +48,32 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         norm: nn.RMSNorm
         lm_heads: nn.ModuleList
 
+    generation_config_class = IFSQARGenerationConfig
+
     # Those of `setup_cache`, over the grid and over the factors. A tuple: they are no part of the model.
     decoders: tuple[Decoder, ...] = ()
+
+    def adjust_generation_fn(
+        self,
+        generation_config: GenerationConfig | None,
+        from_auto_class: bool,
+        from_pipeline: str | None,
+        pretrained_model_name_or_path: str | None,
+        **kwargs: Any,
+    ) -> None:
+        """What `from_pretrained` calls: take a generation config, or load that of the checkpoint if it has one."""
+        if generation_config is None and pretrained_model_name_or_path is not None:
+            hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            try:
+                generation_config = self.generation_config_class.from_pretrained(
+                    pretrained_model_name_or_path, **hub_options
+                )
+            except OSError as error:
+                # So is one that cannot be read; a missing one is as good as an empty one.
+                if isinstance(error.__context__, (JSONDecodeError, UnicodeDecodeError)):
+                    raise
+        if generation_config is not None:
+            self.generation_config = generation_config
 
     def setup_cache(self, max_rows: int) -> None:
         """
@@ -80,6 +81,7 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         needs it: after this, `compile` each of `decoders`. `max_rows` at a time are images, or twice as many with
         guidance; more set it up again, larger.
         """
+        check_integer(max_rows, "max_rows")
         device = self.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.dtype
         with torch.inference_mode(False):
@@ -92,18 +94,20 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
     def generate(
         self,
         class_labels: torch.Tensor,
-        guidance_scale: float = 1.0,
-        guidance_schedule: str = "constant",
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | None | Sequence[int | None] = None,
-        top_p: float | None | Sequence[float | None] = None,
-        do_sample: bool = True,
+        guidance_scale: float = AS_CONFIGURED,
+        guidance_schedule: str = AS_CONFIGURED,
+        guidance_interval: tuple[float, float] = AS_CONFIGURED,
+        temperature: float | Sequence[float] = AS_CONFIGURED,
+        top_k: int | None | Sequence[int | None] = AS_CONFIGURED,
+        top_p: float | None | Sequence[float | None] = AS_CONFIGURED,
+        do_sample: bool = AS_CONFIGURED,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         callback: Callable[[int, torch.Tensor], bool | None] | None = None,
+        generation_config: GenerationConfig | None = None,
     ) -> torch.Tensor:
         """
-        Generate the tokens of one image for each class label.
+        Generate the tokens of one image for each class label. Options that are not given are those of
+        `generation_config`, or else of the model's own `generation_config`, or else as said here.
 
         Args:
             class_labels (`torch.LongTensor` of shape `(batch,)`): ids in [0, num_classes].
@@ -118,9 +122,10 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
                 no unconditional row is computed.
             temperature (`float` or `list[float]`, *optional*, defaults to 1.0):
                 positive divisor of the logits. Of this and the next two, a list has one value for each factor.
-            top_k (`int` or `list[int]`, *optional*): keep only this many most likely values of each factor.
-            top_p (`float` or `list[float]`, *optional*):
-                keep only the most likely values that together have this probability.
+            top_k (`int` or `list[int]`, *optional*, defaults to `None`):
+                keep only this many most likely values of each factor, or all.
+            top_p (`float` or `list[float]`, *optional*, defaults to `None`):
+                keep only the most likely values that together have this probability, or all.
             do_sample (`bool`, *optional*, defaults to `True`): whether to sample; otherwise take the most likely.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 one for all images or one each, see [`~hf_ifsq.randomness.image_generators`]. What is sampled for an
@@ -128,26 +133,35 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
             callback (`Callable[[int, torch.Tensor], bool | None]`, *optional*):
                 called after each step with the number of tokens generated and the ids, `(batch, num_tokens)`, which
                 it may change, and which change when it goes on. If it returns `True`, the ids to come stay 0.
+            generation_config ([`~transformers.GenerationConfig`], *optional*):
+                options, with `guidance_schedule` and `guidance_interval` as additional ones.
 
         Returns:
             `torch.LongTensor` of shape `(batch, num_tokens)`: whole token ids in raster order.
         """
-        self._check_can_generate(class_labels)
-        check_guidance(guidance_scale, guidance_interval, self.config.class_dropout_prob, guidance_schedule)
+        class_labels = self._check_can_generate(class_labels)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"`callback` must be a function, got {callback!r}.")
         batch, num_tokens, num_factors = len(class_labels), self.config.num_tokens, len(self.config.vocab_sizes)
-        scales = guidance_scales(num_tokens, guidance_scale, guidance_schedule, guidance_interval)
-        if guidance_scale > 1 and max(scales) <= 1:
-            raise ValueError(
-                f"`guidance_interval` {guidance_interval} has none of the {num_tokens} tokens of an image, or "
-                f"`guidance_schedule` {guidance_schedule!r} does not begin there: no token would be guided."
-            )
+        given = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "guidance_interval": guidance_interval,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "do_sample": do_sample,
+        }
+        options = sampling_options(given, generation_config, self.generation_config, num_factors)
+        scales = self._guidance_scales(*(options[f"guidance_{name}"] for name in ("scale", "schedule", "interval")))
         processors, uniforms = None, None
-        if do_sample:
-            processors = processors_of_factors(num_factors, temperature, top_k, top_p)
+        if options["do_sample"]:
+            warpers = {name: options[name] for name in ("temperature", "top_k", "top_p")}
+            processors = processors_of_factors(num_factors, **warpers)
             generators = image_generators(generator, batch)
             uniforms = draw(torch.rand, (num_tokens, num_factors), generators, class_labels.device)
         if self.decoders:
-            self.setup_cache(batch * (2 if guidance_scale > 1 else 1))
+            self.setup_cache(batch * (2 if max(scales) > 1 else 1))
         # Taken away while they are in use: a callback that generates must not find them.
         kept, self.decoders = self.decoders, ()
         try:
@@ -195,7 +209,7 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
                     factors.append(sample_from_logits(logits, uniforms[:, step, position]))
                 if position + 1 < num_factors:
                     chosen = factors[-1].repeat(rows // batch)
-                    hidden_states = self.model.embed_tokens[position](chosen[:, None])
+                    hidden_states = self.model.embed_tokens.embed_factor(position, chosen[:, None])
             indices[:, step] = self.model.join_factors(factors)
             if callback is not None and callback(step + 1, indices):
                 break
@@ -217,15 +231,29 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         stacks = ((self.model.layers, self.config.num_tokens), (self.factor_layers, len(self.config.vocab_sizes)))
         return tuple(Decoder(layers, (cos[:length], sin[:length])) for layers, length in stacks)
 
+    def _guidance_scales(self, scale: float, schedule: str, interval: tuple[float, float]) -> list[float]:
+        """Strength of guidance at each token, of options that are checked here."""
+        check_guidance(scale, interval, self.config.class_dropout_prob, schedule)
+        scales = guidance_scales(self.config.num_tokens, scale, schedule, interval)
+        if scale > 1 and max(scales) <= 1:
+            raise ValueError(
+                f"`guidance_interval` {interval} has none of the {len(scales)} tokens of an image, or "
+                f"`guidance_schedule` {schedule!r} does not begin there: no token would be guided."
+            )
+        return scales
+
     def _check_class_labels(self, class_labels: torch.Tensor) -> None:
-        if class_labels.ndim != 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
+        as_ids(class_labels, "class_labels")
+        if class_labels.ndim != 1 or class_labels.numel() == 0:
             raise ValueError(
                 f"`class_labels` must be one or more integers of shape (batch,), got {class_labels.dtype} of shape "
                 f"{tuple(class_labels.shape)}."
             )
 
-    def _check_can_generate(self, class_labels: torch.Tensor) -> None:
+    def _check_can_generate(self, class_labels: torch.Tensor) -> torch.Tensor:
         self._check_class_labels(class_labels)
+        check_has_values(class_labels, "class_labels")
+        class_labels = class_labels.long()
         last = self.model.embed_classes.num_embeddings - 1
         if class_labels.min() < 0 or class_labels.max() > last:
             raise ValueError(
@@ -234,3 +262,4 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
             )
         if self.training:
             raise ValueError("The model is in training mode, with dropout: call `model.eval()` before `generate`.")
+        return class_labels

@@ -1,15 +1,18 @@
 """Sizes of two-dimensional grids."""
 
-import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+
+import numpy as np
+
+from .checks import MAX_SIZE
 
 
 def as_grid(size: int | Sequence[int], name: str = "sample_size") -> tuple[int, int]:
     """Rows and columns, or height and width, of two positive integers or of the side of a square."""
-    sides = [operator.index(side) for side in ([size] * 2 if isinstance(size, SupportsIndex) else size)]
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"`{name}` must be two positive integers, or one for both, got {size}.")
+    given = size if isinstance(size, Sequence) and not isinstance(size, str) else [size] * 2
+    sides = [int(side) for side in given if isinstance(side, (int, np.integer)) and not isinstance(side, bool)]
+    if len(sides) != 2 or len(given) != 2 or not 1 <= min(sides) <= max(sides) <= MAX_SIZE:
+        raise ValueError(f"`{name}` must be two positive integers, or one for both, got {size!r}.")
     return sides[0], sides[1]
 
 

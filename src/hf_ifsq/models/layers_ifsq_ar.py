@@ -1,6 +1,7 @@
 """The transformer layers of the AR model."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -13,6 +14,29 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ifsq_ar import IFSQARConfig
 from .rotary import apply_rotary_2d
+
+
+def split_indices(indices: torch.Tensor, vocab_sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Split whole indices, int64, into their factors, mixed radix, the least significant first."""
+    factors = []
+    for size in vocab_sizes[:-1]:
+        factors.append(indices % size)
+        indices = indices // size
+    return [*factors, indices]
+
+
+class FactorEmbeddings(nn.Sequential):
+    """Embedding tables, one for each factor of a token; not one after another, but side by side."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of whole token ids, of a shape with `hidden_size` added: the sum over their factors."""
+        tables = [cast(nn.Embedding, table) for table in self]
+        factors = split_indices(input_ids.long(), [table.num_embeddings for table in tables])
+        return functools.reduce(torch.add, [table(factor) for table, factor in zip(tables, factors, strict=True)])
+
+    def embed_factor(self, position: int, values: torch.Tensor) -> torch.Tensor:
+        """Embeddings of values of one factor, of a shape with `hidden_size` added."""
+        return self[position](values)
 
 
 def eager_attention_forward(

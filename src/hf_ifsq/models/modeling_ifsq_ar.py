@@ -1,8 +1,9 @@
 """The AR model: LlamaGen (https://arxiv.org/abs/2406.06525) over one or several factors per token."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -14,10 +15,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..guidance import drop_labels
+from .checks import as_ids
 from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin
 from .grid import as_grid
-from .layers_ifsq_ar import IFSQARDecoderLayer, run_layers
+from .layers_ifsq_ar import FactorEmbeddings, IFSQARDecoderLayer, run_layers, split_indices
 from .loading import StrictLoadingMixin
 from .rotary import rotary_table_2d
 
@@ -76,6 +78,27 @@ def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: 
     return total / (targets != -100).sum()
 
 
+class _InputName(str):
+    """Name of an argument in which nobody who looks for "label" finds it."""
+
+    def __contains__(self, part: object) -> bool:
+        return False
+
+
+def _class_labels_are_inputs(forward: Callable) -> Callable:
+    """
+    Let `transformers.Trainer` take `labels` alone for what the model is to predict: it looks for arguments of
+    `forward` with "label" in their names, which it finds in the signature and nowhere else.
+    """
+    signature = inspect.signature(forward)
+    parameters = [
+        parameter.replace(name=_InputName(name)) if name == "class_labels" else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return forward
+
+
 class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     """Weight initialization, loading and saving."""
 
@@ -95,6 +118,13 @@ class IFSQARPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: the tokens are those of an image tokenizer."""
+        raise NotImplementedError(
+            f"The tokens are the codebook of an image tokenizer, with `vocab_sizes` {self.config.vocab_sizes}: none "
+            "can be added. Load the model with other `vocab_sizes` and `ignore_mismatched_sizes=True` instead."
+        )
+
 
 class IFSQARModel(IFSQARPreTrainedModel):
     """
@@ -107,17 +137,15 @@ class IFSQARModel(IFSQARPreTrainedModel):
 
     def __init__(self, config: IFSQARConfig):
         super().__init__(config)
+        # It may have been changed since it was made.
+        config.validate()
         # The row after the last class is the null class. Without class dropout it would never be trained.
         num_rows = config.num_classes + (config.class_dropout_prob > 0)
         self.embed_classes = nn.Embedding(num_rows, config.hidden_size)
-        self.embed_tokens = nn.ModuleList([nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
+        self.embed_tokens = FactorEmbeddings(*[nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(IFSQARDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.ModuleList:
-        """The embedding tables, one per factor."""
-        return self.embed_tokens
 
     def rotary_table(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -131,11 +159,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
 
     def split_indices(self, indices: torch.Tensor) -> list[torch.Tensor]:
         """Split whole indices into their factors, mixed radix, the least significant first."""
-        factors = []
-        for size in self.config.vocab_sizes[:-1]:
-            factors.append(indices % size)
-            indices = indices // size
-        return [*factors, indices]
+        return split_indices(indices.long(), self.config.vocab_sizes)
 
     def join_factors(self, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Join factors into whole indices: the inverse of `split_indices`."""
@@ -180,12 +204,12 @@ class IFSQARModel(IFSQARPreTrainedModel):
         """
         embeddings = []
         if class_labels is not None:
+            class_labels = as_ids(class_labels, "class_labels")
             if self.training:
                 class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
             embeddings.append(self.embed_classes(class_labels)[:, None])
         if input_ids is not None:
-            factors = self.split_indices(input_ids)
-            embeddings.append(sum(embed(factor) for embed, factor in zip(self.embed_tokens, factors, strict=True)))
+            embeddings.append(self.embed_tokens(as_ids(input_ids, "input_ids")))
         if not embeddings:
             raise ValueError("Give `class_labels`, `input_ids` or both: there is nothing to run the model on.")
         return torch.cat(embeddings, dim=1)
@@ -221,6 +245,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         self.lm_heads = nn.ModuleList([nn.Linear(config.hidden_size, size, bias=False) for size in config.vocab_sizes])
         self.post_init()
 
+    @_class_labels_are_inputs
     @can_return_tuple
     def forward(
         self,
@@ -249,7 +274,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         Returns:
             [`IFSQAROutput`]: with `logits` at position i for token i, or without `class_labels` for token i + 1.
         """
-        input_ids = self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
+        input_ids, labels = self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
         outputs = self.model(
             class_labels, input_ids[:, :-1], past_key_values, use_cache, output_hidden_states, return_dict=True
         )
@@ -270,7 +295,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         if len(self.lm_heads) == 1:
             return [self.norm(hidden_states)]
         # Each token is a short sequence of its own: the hidden state, then the embeddings of all factors but the last.
-        embeddings = [embed(factor) for embed, factor in zip(self.model.embed_tokens[:-1], factors[:-1], strict=True)]
+        embeddings = [self.model.embed_tokens.embed_factor(*factor) for factor in enumerate(factors[:-1])]
         sequence = torch.stack([hidden_states, *embeddings], dim=2).flatten(0, 1)
         causal_mask = create_causal_mask(self.config, sequence, attention_mask=None, past_key_values=None)
         # As in iFSQ's generator, factors take the first rows of the grid's table, the class's row of zeros included.
@@ -299,14 +324,17 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         input_ids: torch.Tensor | None,
         labels: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        """What can be said without reading a value, which would make the host wait for the device."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What can be said without reading a value, which would make the host wait; gives token ids and labels."""
         labelled, longest = class_labels is not None, self.config.num_tokens
         # Without the class the first token is read, and it takes a second one to predict anything.
         shortest = 1 if labelled else 2
+        input_ids = None if input_ids is None else as_ids(input_ids, "input_ids")
         if input_ids is None or input_ids.ndim != 2 or not shortest <= input_ids.shape[1] <= longest:
             got = "None" if input_ids is None else tuple(input_ids.shape)
             raise ValueError(f"`input_ids` must have shape (batch, {shortest} to {longest}), got {got}.")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise TypeError(f"`past_key_values` must be a `Cache`, got {type(past_key_values).__name__}.")
         if class_labels is not None:
             self._check_class_labels(class_labels)
             if len(class_labels) != len(input_ids):
@@ -325,14 +353,12 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
                 f"`input_ids` has {input_ids.shape[1]} tokens, but after the {seen} positions of `past_key_values` "
                 f"there is no room for them in a sequence of {longest}."
             )
+        labels = None if labels is None else as_ids(labels, "labels")
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(
                 f"`labels` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
             )
-        for name, ids in (("input_ids", input_ids), ("labels", labels)):
-            if ids is not None and ids.is_floating_point():
-                raise ValueError(f"`{name}` must be integers, got a tensor of dtype {ids.dtype}.")
-        return input_ids
+        return input_ids, labels
 
 
 AutoModel.register(IFSQARConfig, IFSQARModel)

@@ -8,6 +8,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .checks import (
+    as_ids,
+    check_choice,
+    check_codebook,
+    check_flag,
+    check_has_values,
+    check_integers,
+    check_number,
+    check_positive,
+    check_tensor,
+)
+
 
 # Beyond it, neighbouring half-integers are no longer exact in float32.
 MAX_LEVEL = 2**20
@@ -28,16 +40,20 @@ BOUNDS = {
 }
 
 
-def check_indices(indices: torch.Tensor, codebook_size: int, codebook: str = "the codebook") -> None:
-    """Raise a `ValueError` unless all are integers in [0, codebook_size); the values are not read in compilation."""
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"`indices` must be integers, got a tensor of dtype {indices.dtype}.")
+def check_indices(indices: torch.Tensor, codebook_size: int, codebook: str = "the codebook") -> torch.Tensor:
+    """
+    Integers of any type as int64, or a `ValueError` unless all are in [0, codebook_size); the values are not read in
+    compilation.
+    """  # noqa: D205
+    indices = as_ids(indices, "indices")
+    check_has_values(indices, "indices")
     checked = indices.numel() and not torch.compiler.is_compiling()
     if checked and (indices.min() < 0 or indices.max() >= codebook_size):
         raise ValueError(
             f"`indices` must be in [0, {codebook_size}), {codebook}, but they span [{indices.min().item()}, "
             f"{indices.max().item()}]."
         )
+    return indices
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -108,27 +124,18 @@ class FiniteScalarQuantizer(nn.Module):
         noise_prob: float = 0.0,
     ):
         super().__init__()
-        levels = list(levels)
-        if not levels or any(not isinstance(level, int) or level < 2 for level in levels):
-            raise ValueError(f"`levels` must be one or more integers of at least 2, one per channel, got {levels}.")
-        if max(levels) > MAX_LEVEL:
-            raise ValueError(f"`levels` must be at most {MAX_LEVEL} each, which float32 can tell apart, got {levels}.")
-        if math.prod(levels) > 2**63 - 1:
-            raise ValueError(
-                f"`levels` {levels} make a codebook of {math.prod(levels)} entries, but an int64 index can count only "
-                f"2**63 - 1 = {2**63 - 1}: use fewer channels or fewer levels."
-            )
-        if not alpha > 0 or not math.isfinite(alpha):
-            raise ValueError(f"`alpha` must be a positive finite number, got {alpha}.")
-        if bound not in BOUNDS:
-            raise ValueError(f"`bound` must be one of {list(BOUNDS)}, got {bound!r}.")
+        levels = list(levels) if isinstance(levels, tuple) else levels
+        check_integers(levels, "levels", minimum=2, maximum=MAX_LEVEL)
+        check_codebook(levels, "levels")
+        check_positive(alpha, "alpha")
+        check_choice(bound, "bound", BOUNDS)
+        check_flag(equal_bins, "equal_bins")
+        check_number(noise_prob, "noise_prob", 0, 1)
         if bound != "sigmoid" and alpha != 1.6:
             raise ValueError(f"`alpha` is the slope of the bound 'sigmoid' alone, got {alpha} with {bound!r}.")
-        if not 0 <= noise_prob <= 1:
-            raise ValueError(f"`noise_prob` must be in [0, 1], got {noise_prob}.")
         if noise_prob and not equal_bins:
             raise ValueError(f"`noise_prob` must be 0 without `equal_bins`, got {noise_prob}.")
-        self.levels = levels
+        self.levels = list(levels)
         self.alpha = float(alpha)
         self.bound = bound
         self.equal_bins = equal_bins
@@ -164,6 +171,7 @@ class FiniteScalarQuantizer(nn.Module):
         returns, float32 values in (-1, 1), or for even levels without `equal_bins` within half a bin around the codes
         {-1, ..., 1 - 2/L}.
         """  # noqa: D205
+        self._check_channels(z, "z")
         bound = BOUNDS[self.bound].function
         if not any(self._centre):
             return bound(z.float(), self.alpha)
@@ -207,8 +215,11 @@ class FiniteScalarQuantizer(nn.Module):
 
     def indices_to_codes(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Codes `(batch, d, *spatial)` in [-1, 1] of integers `(batch, *spatial)` in [0, codebook_size)."""
-        check_indices(indices, self.codebook_size, f"the codebook of levels {self.levels}")
-        remainder = indices.long()
+        remainder = check_indices(indices, self.codebook_size, f"the codebook of levels {self.levels}")
+        if indices.ndim == 0:
+            raise ValueError("`indices` must have shape (batch, *spatial), got a single number.")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"`dtype` must be that of floating-point numbers, got {dtype!r}.")
         digits = []
         for level in self.levels:
             digits.append(remainder % level - level // 2)
@@ -254,6 +265,7 @@ class FiniteScalarQuantizer(nn.Module):
         return torch.cat(filled).view(-1, *[1] * (like.ndim - 2))
 
     def _check_channels(self, values: torch.Tensor, name: str) -> None:
+        check_tensor(values, name)
         if not values.is_floating_point():
             raise ValueError(f"`{name}` must be floating-point numbers, got a tensor of dtype {values.dtype}.")
         if values.ndim < 2 or values.shape[1] != len(self.levels):

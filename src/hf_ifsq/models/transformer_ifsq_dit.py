@@ -14,8 +14,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..guidance import drop_labels
+from .checks import (
+    as_class_names,
+    as_ids,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_integers,
+    check_number,
+    check_positive,
+    check_tensor,
+)
 from .grid import as_grid
-from .loading import StrictLoadingMixin
+from .loading import DiffusersLoadingMixin
+from .quantization import MAX_LEVEL
 from .rotary import apply_rotary_2d, rotary_table_2d
 
 
@@ -126,7 +138,7 @@ class IFSQDiTBlock(nn.Module):
         return torch.addcmul(hidden_states, gate_ff[:, None], fed)
 
 
-class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class IFSQDiTTransformer2DModel(DiffusersLoadingMixin, ModelMixin, ConfigMixin):  # type: ignore[misc]
     r"""
     Class-conditional diffusion transformer over the codes of an image tokenizer, as in iFSQ's DiT
     (https://arxiv.org/abs/2601.17124). On the straight path `x_t = t * x_1 + (1 - t) * x_0` from noise `x_0` to scaled
@@ -149,7 +161,8 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         qk_norm (`str`, *optional*, defaults to `"rms_norm"`):
             normalization of queries and keys: `"rms_norm"`, `"layer_norm"` or `None`.
         activation_fn (`str`, *optional*, defaults to `"swiglu"`): `"swiglu"` or `"gelu-approximate"`.
-        id2label (`dict[int, str]`, *optional*): names of the classes.
+        id2label (`dict[int, str]`, *optional*):
+            names of the classes. With another `num_classes` alone, `from_pretrained` does not keep those of before.
         levels (`tuple[int, ...]`, *optional*), scaling_factor (`float`, *optional*), equal_bins (`bool`, *optional*):
             those of the tokenizer that the model was trained with, if it is quantized; a pipeline refuses another one.
 
@@ -192,10 +205,10 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         equal_bins: bool | None = None,
     ):
         super().__init__()
+        _check_config(self.config)
         if id2label is not None:
             # JSON turns integer keys into strings.
-            self.register_to_config(id2label={int(class_id): name for class_id, name in id2label.items()})
-        _check_config(self.config)
+            self.register_to_config(id2label=as_class_names(id2label, num_classes))
         # As they come back from JSON.
         for name in ("sample_size", "levels"):
             if isinstance(self.config[name], tuple):
@@ -214,14 +227,23 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         self._init_weights()
 
     @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A model of a config, with random weights; `kwargs` override the config."""
+        if isinstance(config, Mapping) and kwargs.get("num_classes", config.get("num_classes")) != config.get(
+            "num_classes"
+        ):
+            # The names of other classes.
+            kwargs.setdefault("id2label", None)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "IFSQDiTTransformer2DModel":
         """
         A model of a named size of DiT with its patch size, such as `"L/1"` or `"XL/2"`, and random weights. Further
         arguments of the class override those of the size.
         """
         names = [f"{name}/{patch_size}" for name in SIZES for patch_size in (1, 2)]
-        if size not in names:
-            raise ValueError(f"`size` must be one of {names}, got {size!r}.")
+        check_choice(size, "size", names)
         name, patch_size = size.split("/")
         sizes = zip(("num_layers", "num_attention_heads", "attention_head_dim"), SIZES[name], strict=True)
         return cls(**{"patch_size": int(patch_size), **dict(sizes), **kwargs})
@@ -244,7 +266,7 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
             output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return each block's output.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
         """
-        self._check_inputs(hidden_states, timestep, class_labels)
+        class_labels = self._check_inputs(hidden_states, timestep, class_labels)
         patch_size = self.config["patch_size"]
         grid = (hidden_states.shape[2] // patch_size, hidden_states.shape[3] // patch_size)
         device = hidden_states.device
@@ -293,10 +315,19 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         for layer in (self.proj_out, self.modulation_out, *modulations):
             nn.init.zeros_(layer.get_parameter("weight"))
 
-    def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
+    def _check_inputs(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """What can be said without reading a value; gives the class labels as int64."""
+        inputs = {"hidden_states": hidden_states, "timestep": timestep}
+        for name, values in inputs.items():
+            check_tensor(values, name)
+            if not values.is_floating_point():
+                raise ValueError(f"`{name}` must be floating-point numbers, got a tensor of dtype {values.dtype}.")
+        class_labels = as_ids(class_labels, "class_labels")
         channels, patch_size = self.config["in_channels"], self.config["patch_size"]
         shape = tuple(hidden_states.shape)
-        if len(shape) != 4 or shape[1] != channels or shape[2] % patch_size or shape[3] % patch_size:
+        if len(shape) != 4 or shape[1] != channels or 0 in shape or shape[2] % patch_size or shape[3] % patch_size:
             raise ValueError(
                 f"`hidden_states` must have shape (batch, {channels}, height, width) with sides that are multiples of "
                 f"the patch size {patch_size}, got {shape}."
@@ -304,20 +335,16 @@ class IFSQDiTTransformer2DModel(StrictLoadingMixin, ModelMixin, ConfigMixin):  #
         for name, values in (("timestep", timestep), ("class_labels", class_labels)):
             if tuple(values.shape) != shape[:1]:
                 raise ValueError(f"`{name}` must have shape ({shape[0]},), one per image, got {tuple(values.shape)}.")
-        if class_labels.is_floating_point():
-            raise ValueError(f"`class_labels` must be integers, got a tensor of dtype {class_labels.dtype}.")
+        return class_labels
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    choices = {
-        "norm_type": ("rms_norm", "layer_norm"),
-        "qk_norm": ("rms_norm", "layer_norm", None),
-        "activation_fn": ("swiglu", "gelu-approximate"),
-        "patch_size": (1, 2),
-    }
-    for name, allowed in choices.items():
-        if config[name] not in allowed:
-            raise ValueError(f"`{name}` must be one of {allowed}, got {config[name]!r}.")
+    check_choice(config["norm_type"], "norm_type", ("rms_norm", "layer_norm"))
+    check_choice(config["qk_norm"], "qk_norm", ("rms_norm", "layer_norm", None))
+    check_choice(config["activation_fn"], "activation_fn", ("swiglu", "gelu-approximate"))
+    check_choice(config["patch_size"], "patch_size", (1, 2))
+    for name in ("in_channels", "num_layers", "num_attention_heads", "attention_head_dim", "num_classes"):
+        check_integer(config[name], name)
     size, patch_size, head_dim = (config[name] for name in ("sample_size", "patch_size", "attention_head_dim"))
     if head_dim % 4:
         raise ValueError(
@@ -325,16 +352,18 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
     if any(side % patch_size for side in as_grid(size)):
         raise ValueError(f"`sample_size` must be a multiple of `patch_size` {patch_size}, got {size}.")
-    if not 0 <= config["class_dropout_prob"] < 1:
-        raise ValueError(f"`class_dropout_prob` must be in [0, 1), got {config['class_dropout_prob']}.")
-    id2label, num_classes = config["id2label"], config["num_classes"]
-    if id2label is not None and len(id2label) != num_classes:
-        raise ValueError(f"`id2label` names {len(id2label)} classes, but `num_classes` is {num_classes}.")
-    if id2label is not None and set(id2label) != set(range(num_classes)):
-        raise ValueError(f"`id2label` must name the ids 0 to {num_classes - 1}, got {sorted(id2label)}.")
+    check_number(config["class_dropout_prob"], "class_dropout_prob", 0, 1, below=True)
+    # At least one channel of the feed-forward layers, of two thirds of which are gates.
+    check_number(config["mlp_ratio"], "mlp_ratio", 2 / head_dim, 2**10)
     levels, channels = config["levels"], config["in_channels"]
-    if levels is not None and len(levels) != channels:
-        raise ValueError(f"`levels` must be one for each of the {channels} `in_channels`, got {list(levels)}.")
+    if levels is not None:
+        check_integers(levels, "levels", minimum=2, maximum=MAX_LEVEL)
+        if len(levels) != channels:
+            raise ValueError(f"`levels` must be one for each of the {channels} `in_channels`, got {list(levels)}.")
+    if config["scaling_factor"] is not None:
+        check_positive(config["scaling_factor"], "scaling_factor")
+    if config["equal_bins"] is not None:
+        check_flag(config["equal_bins"], "equal_bins")
 
 
 # `AutoModel` of diffusers looks up the class that a config names in diffusers itself.

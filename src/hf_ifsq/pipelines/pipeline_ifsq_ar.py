@@ -8,10 +8,10 @@ import torch
 from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..checks import check_bool
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.grid import as_grid
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
+from ..models.sampling_ifsq_ar import AS_CONFIGURED, sampling_options
 from ..randomness import image_generators
 from .pipeline_utils import ClassConditionalPipeline
 
@@ -71,13 +71,13 @@ class IFSQARPipeline(ClassConditionalPipeline):
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         num_images_per_label: int = 1,
-        guidance_scale: float = 1.0,
-        guidance_schedule: str = "constant",
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | None | Sequence[int | None] = None,
-        top_p: float | None | Sequence[float | None] = None,
-        do_sample: bool = True,
+        guidance_scale: float = AS_CONFIGURED,
+        guidance_schedule: str = AS_CONFIGURED,
+        guidance_interval: tuple[float, float] = AS_CONFIGURED,
+        temperature: float | Sequence[float] = AS_CONFIGURED,
+        top_k: int | None | Sequence[int | None] = AS_CONFIGURED,
+        top_p: float | None | Sequence[float | None] = AS_CONFIGURED,
+        do_sample: bool = AS_CONFIGURED,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -93,7 +93,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
                 classes as ids in [0, num_classes) or as names of the model's `id2label`.
             num_images_per_label (`int`, *optional*, defaults to 1): images of each class, next to each other.
             guidance_scale, guidance_schedule, guidance_interval, temperature, top_k, top_p, do_sample, generator:
-                as in [`~IFSQARForImageGeneration.generate`].
+                as in [`~IFSQARForImageGeneration.generate`], by default as in its generation config.
             batch_size (`int`, *optional*):
                 images to generate at a time, if memory has no room for all. It does not change what they look like.
             output_type (`str`, *optional*, defaults to `"pil"`):
@@ -113,11 +113,21 @@ class IFSQARPipeline(ClassConditionalPipeline):
         labels, batches = self._prepare(
             class_labels, num_images_per_label, batch_size, generator, output_type, return_dict
         )
-        check_bool("do_sample", do_sample)
         shown = self._shown_to_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        generators = image_generators(generator, len(labels)) if do_sample else None
         config = self.transformer.config
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, config.num_tokens, False
+        given = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "guidance_interval": guidance_interval,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "do_sample": do_sample,
+        }
+        options = sampling_options(given, None, self.transformer.generation_config, len(config.vocab_sizes))
+        generators = image_generators(generator, len(labels)) if options["do_sample"] else None
+        self._guidance_scale, self._num_timesteps = options["guidance_scale"], config.num_tokens
+        self._interrupt = False
 
         # 2. Generate the tokens and decode them.
         outputs = []
@@ -133,7 +143,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
                             f"but they span [{changed.min().item()}, {changed.max().item()}]."
                         )
                     indices.copy_(changed)
-                    if self._guidance_scale != guidance_scale:
+                    if self._guidance_scale != options["guidance_scale"]:
                         raise ValueError(
                             "`callback_on_step_end` must leave the guidance scale alone, whose rows are laid out "
                             "beforehand: give `guidance_interval`."
@@ -144,13 +154,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
             for batch in batches:
                 indices = self.transformer.generate(
                     labels[batch],
-                    guidance_scale=guidance_scale,
-                    guidance_schedule=guidance_schedule,
-                    guidance_interval=guidance_interval,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    do_sample=do_sample,
+                    **options,
                     generator=None if generators is None else generators[batch],
                     callback=on_step_end,
                 ).unflatten(1, as_grid(config.grid_size))
