@@ -20,8 +20,8 @@ BAD = {
         ],
         *[np.array([[0, 1]]), np.array([0.5]), np.array(0.5), torch.tensor([0]).to("meta")],
     ],
-    "num_images_per_label": [None, 1.0, "3", True, 0, -1, 10**9, 2**63, math.nan, torch.tensor(2), [1]],
-    "guidance_scale": [None, "2", True, math.inf, math.nan, 0, 10**400, 1e300, [2.0], torch.tensor(2.0), 2j],
+    "num_images_per_label": [None, 1.0, "3", True, 0, -1, 10**9, 2**63, 10**5000, math.nan, [1]],
+    "guidance_scale": [None, "2", True, math.inf, math.nan, 0, 10**400, 10**5000, 1e300, [2.0], torch.tensor(2.0), 2j],
     "guidance_interval": [
         *[
             None,
