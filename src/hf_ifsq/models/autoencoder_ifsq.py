@@ -183,6 +183,7 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
         """
         check_has_values(pixel_values, "pixel_values")
+        self._check_dtype(pixel_values, "pixel_values")
         latent = self._encode(pixel_values)
         if not torch.compiler.is_compiling() and not torch.isfinite(latent).all():
             culprit = "the encoder's weights are" if torch.isfinite(pixel_values).all() else "`pixel_values` is"
@@ -200,13 +201,14 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         height, width)`, about in [-1, 1].
         """
         check_has_values(codes, "codes")
-        if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels):
+        if codes.ndim != 4 or codes.shape[1] != len(self.quantizer.levels) or 0 in codes.shape:
             raise ValueError(
                 f"`codes` must have shape (batch, {len(self.quantizer.levels)}, height, width), got "
                 f"{tuple(codes.shape)}."
             )
         if not codes.is_floating_point():
             raise ValueError(f"`codes` must be floats in [-1, 1], got a tensor of dtype {codes.dtype}.")
+        self._check_dtype(codes, "codes")
         if not torch.compiler.is_compiling() and not torch.isfinite(codes).all():
             raise ValueError("`codes` is not finite (NaN or infinity): there is nothing to decode.")
         sample = self._decode(codes)
@@ -232,6 +234,11 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         if not return_dict:
             return sample, codes, indices
         return AutoencoderIFSQOutput(sample=sample, codes=codes, indices=indices)
+
+    def _check_dtype(self, values: torch.Tensor, name: str) -> None:
+        compared = values.is_floating_point() and not torch.compiler.is_compiling()
+        if compared and values.dtype != self.dtype and not torch.is_autocast_enabled(values.device.type):
+            raise ValueError(f"`{name}` has dtype {values.dtype}, but the model {self.dtype}: cast one of them.")
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         factor = self.downsampling_factor

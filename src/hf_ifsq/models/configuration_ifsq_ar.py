@@ -121,6 +121,7 @@ class IFSQARConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         num_labels = kwargs.pop("num_labels", None)
         if num_labels is not None:
+            check_integer(num_labels, "num_labels")
             if self.num_classes not in (type(self).num_classes, num_labels):
                 raise ValueError(
                     f"`num_labels` {num_labels!r} is another name of `num_classes`, which is {self.num_classes}."

@@ -69,13 +69,22 @@ def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: 
         return F.cross_entropy(scores.float(), ids, reduction="sum")
 
     rows = max(1, MAX_SCORES // head.out_features)
-    if len(targets) <= rows:
+    if targets.shape[0] <= rows:
         total = summed_losses(hidden_states, targets)
     else:
         parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
         losses = [checkpoint(summed_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         total = torch.stack(losses).sum()
     return total / (targets != -100).sum()
+
+
+def num_seen(past_key_values: Cache | None) -> int:
+    """Positions that a cache holds; of one on a device, such as a `StaticCache`, a tensor."""
+    if past_key_values is None:
+        return 0
+    if not isinstance(past_key_values, Cache):
+        raise TypeError(f"`past_key_values` must be a `Cache`, got {type(past_key_values).__name__}.")
+    return past_key_values.get_seq_length()
 
 
 class _InputName(str):
@@ -184,7 +193,13 @@ class IFSQARModel(IFSQARPreTrainedModel):
         hidden_states = self.dropout(self.embed(class_labels, input_ids))
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = num_seen(past_key_values)
+        longest = 1 + self.config.num_tokens
+        if isinstance(seen, int) and seen + hidden_states.shape[1] > longest:
+            raise ValueError(
+                f"`input_ids` are too many: with the class and the {seen} positions of `past_key_values` there is "
+                f"room for {longest}, but there would be {seen + hidden_states.shape[1]}."
+            )
         position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen
         cos, sin = self.rotary_table(hidden_states.device)
         causal_mask = create_causal_mask(
@@ -205,11 +220,19 @@ class IFSQARModel(IFSQARPreTrainedModel):
         embeddings = []
         if class_labels is not None:
             class_labels = as_ids(class_labels, "class_labels")
+            if class_labels.ndim != 1:
+                raise ValueError(f"`class_labels` must have shape (batch,), got {tuple(class_labels.shape)}.")
             if self.training:
                 class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
             embeddings.append(self.embed_classes(class_labels)[:, None])
         if input_ids is not None:
-            embeddings.append(self.embed_tokens(as_ids(input_ids, "input_ids")))
+            input_ids = as_ids(input_ids, "input_ids")
+            if input_ids.ndim != 2 or (embeddings and input_ids.shape[0] != embeddings[0].shape[0]):
+                raise ValueError(
+                    "`input_ids` must have shape (batch, sequence), with a row for each of `class_labels`, got "
+                    f"{tuple(input_ids.shape)}."
+                )
+            embeddings.append(self.embed_tokens(input_ids))
         if not embeddings:
             raise ValueError("Give `class_labels`, `input_ids` or both: there is nothing to run the model on.")
         return torch.cat(embeddings, dim=1)
@@ -244,6 +267,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_heads = nn.ModuleList([nn.Linear(config.hidden_size, size, bias=False) for size in config.vocab_sizes])
         self.post_init()
+        # transformers takes over what `model` alone may find too much.
+        self._keys_to_ignore_on_load_unexpected = set()
 
     @_class_labels_are_inputs
     @can_return_tuple
@@ -333,18 +358,16 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         if input_ids is None or input_ids.ndim != 2 or not shortest <= input_ids.shape[1] <= longest:
             got = "None" if input_ids is None else tuple(input_ids.shape)
             raise ValueError(f"`input_ids` must have shape (batch, {shortest} to {longest}), got {got}.")
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise TypeError(f"`past_key_values` must be a `Cache`, got {type(past_key_values).__name__}.")
         if class_labels is not None:
             self._check_class_labels(class_labels)
-            if len(class_labels) != len(input_ids):
+            if class_labels.shape[0] != input_ids.shape[0]:
                 raise ValueError(
-                    f"`class_labels` must have one label for each of the {len(input_ids)} rows of `input_ids`, got "
+                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, got "
                     f"shape {tuple(class_labels.shape)}."
                 )
         elif past_key_values is None:
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = num_seen(past_key_values)
         # A `StaticCache` counts its positions on the device.
         if isinstance(seen, int) and labelled and seen > 0:
             raise ValueError("`class_labels` must be left out: `past_key_values` holds the class already.")

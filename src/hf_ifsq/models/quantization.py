@@ -185,7 +185,8 @@ class FiniteScalarQuantizer(nn.Module):
         codes; its index has no meaning.
         """
         self._check_channels(z, "z")
-        with torch.autocast(device_type=z.device.type, enabled=False):
+        # There is none on the device meta.
+        with torch.autocast(device_type="cpu" if z.is_meta else z.device.type, enabled=False):
             values = self.bounded(z)
             digits = self._nearest_digits(values)
             indices = self._digits_to_indices(digits)
@@ -203,6 +204,7 @@ class FiniteScalarQuantizer(nn.Module):
     def codes_to_indices(self, codes: torch.Tensor) -> torch.Tensor:
         """Indices `(batch, *spatial)`, int64, of codes `(batch, d, *spatial)`, which may be inexact by half a bin."""
         self._check_channels(codes, "codes")
+        check_has_values(codes, "codes")
         digits = self._nearest_digits(codes)
         half_bin = 0.5 / self._per_channel(self._scale, codes)
         # A comparison with NaN is false.

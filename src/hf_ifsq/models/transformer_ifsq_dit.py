@@ -325,6 +325,11 @@ class IFSQDiTTransformer2DModel(DiffusersLoadingMixin, ModelMixin, ConfigMixin):
             if not values.is_floating_point():
                 raise ValueError(f"`{name}` must be floating-point numbers, got a tensor of dtype {values.dtype}.")
         class_labels = as_ids(class_labels, "class_labels")
+        dtype, device_type = self.patch_embed.weight.dtype, hidden_states.device.type
+        if hidden_states.dtype != dtype and not torch.is_autocast_enabled(device_type):
+            raise ValueError(
+                f"`hidden_states` has dtype {hidden_states.dtype}, but the model {dtype}: cast one of them."
+            )
         channels, patch_size = self.config["in_channels"], self.config["patch_size"]
         shape = tuple(hidden_states.shape)
         if len(shape) != 4 or shape[1] != channels or 0 in shape or shape[2] % patch_size or shape[3] % patch_size:
