@@ -11,7 +11,8 @@ or with `--tokenizer` a pipeline of both. All arguments: `--help`.
 
 import json
 import logging
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from hf_ifsq.conversion import Conversion, assemble_pipeline, convert_checkpoint
 from hf_ifsq.training.arguments import argument
 from hf_ifsq.training.model_card import without_local_paths
+from hf_ifsq.training.output_folder import PARTIAL_RESULT, written_whole
 from hf_ifsq.training.repa import RepresentationAlignment
 
 
@@ -57,7 +59,9 @@ class ConversionArguments:
     """Arguments of this script."""
 
     checkpoint: str = field(metadata={"help": "Official file, or its weights alone as safetensors."})
-    output_dir: str = field(metadata={"help": "Folder of the result."})
+    output_dir: str = field(
+        metadata={"help": "Folder of the result, new or empty, or of an earlier conversion of the same file."}
+    )
     config: str | None = argument(
         None, "Config of an iFSQ tokenizer; by default `config.json` or `run.json` beside the file."
     )
@@ -80,12 +84,10 @@ class ConversionArguments:
 
 def main(args: ConversionArguments) -> None:
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
+    paths = ("checkpoint", "config", "tokenizer", "output_dir")
+    args = replace(args, **{name: os.path.expanduser(path) for name in paths if (path := getattr(args, name))})
     output_dir = Path(args.output_dir)
-    sources = [Path(path).resolve().parent for path in (args.checkpoint, args.config) if path is not None]
-    if args.tokenizer is not None:
-        sources.append(Path(args.tokenizer).resolve())
-    if output_dir.resolve() in sources:
-        raise ValueError(f"`output_dir` must be another folder than {output_dir}, where files would be lost.")
+    check_output_dir(output_dir, args.checkpoint, args.config, args.tokenizer)
     grid_size = args.grid_size
     if grid_size is not None and len(grid_size) == 1:
         grid_size = grid_size[0]
@@ -97,15 +99,36 @@ def main(args: ConversionArguments) -> None:
     if args.push_to_hub:
         name = args.hub_model_id or output_dir.resolve().name
         repo_id = create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-    result.save_pretrained(output_dir)
-    for file, alignment in name_alignments(conversion).items():
-        save_file(alignment.state_dict(), output_dir / file)
     card = make_model_card(args, conversion, result, repo_id or without_local_paths(args.output_dir))
-    (output_dir / "README.md").write_text(card, "utf-8")
+    with written_whole(output_dir) as folder:
+        (folder / "README.md").write_text(card, "utf-8")
+        result.save_pretrained(folder)
+        for file, alignment in name_alignments(conversion).items():
+            save_file(alignment.state_dict(), folder / file)
     logging.getLogger(__name__).info(f"Wrote {type(result).__name__} to {output_dir}.")
     if repo_id is not None:
         message = f"Conversion of {Path(args.checkpoint).name}"
         upload_folder(repo_id=repo_id, folder_path=output_dir, commit_message=message)
+
+
+def check_output_dir(output_dir: Path, checkpoint: str, config: str | None, tokenizer: str | None) -> None:
+    """Raise a `ValueError` if the output would be mixed with other files than those of an earlier conversion."""
+    sources = [Path(path).resolve().parent for path in (checkpoint, config) if path is not None]
+    if tokenizer is not None:
+        sources.append(Path(tokenizer).resolve())
+    if output_dir.resolve() in sources:
+        raise ValueError(f"`output_dir` must be another folder than {output_dir}, where files would be lost.")
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"`output_dir` must be a folder to write to, but {existing} is none, got {output_dir}.")
+    files = {path.name for path in output_dir.iterdir()} - {PARTIAL_RESULT} if output_dir.is_dir() else set()
+    card = (output_dir / "README.md").read_text("utf-8") if "README.md" in files else ""
+    same = f"in `{Path(checkpoint).name}`, converted by hf-ifsq" in card
+    if files and not (same and ("model_index.json" in files) == (tokenizer is not None)):
+        raise ValueError(
+            f"`output_dir` must be a new or an empty folder, or that of an earlier conversion of the same, but "
+            f"{output_dir} has {sorted(files)[:5]}."
+        )
 
 
 def name_alignments(conversion: Conversion) -> dict[str, RepresentationAlignment]:

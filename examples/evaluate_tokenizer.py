@@ -32,8 +32,9 @@ from hf_ifsq.metrics.codebook import CodebookUsage, bounded_values
 from hf_ifsq.metrics.frechet import FeatureMoments, frechet_distance
 from hf_ifsq.metrics.images import peak_signal_noise_ratio, structural_similarity
 from hf_ifsq.models.image_tokenizer import ImageTokenizer, load_image_tokenizer
-from hf_ifsq.training.arguments import argument, values_for
-from hf_ifsq.training.data import ImageDataset, ImageTransform, draw, load_splits, pick_split
+from hf_ifsq.training.arguments import argument, expand_home, values_for
+from hf_ifsq.training.data import ImageDataset, draw, load_splits, pick_split
+from hf_ifsq.training.image_transform import ImageTransform
 from hf_ifsq.training.tokens import fingerprint
 from hf_ifsq.vision.lpips import LPIPS
 from hf_ifsq.vision.vision_model import FeatureExtractor
@@ -48,7 +49,7 @@ class EvaluationArguments:
     output_dir: str = argument("outputs/evaluation", "Folder of the report.")
     dataset_name: str | None = argument(None, "Images: a dataset of the Hub, or a local folder or parquet file.")
     dataset_config_name: str | None = argument(None, "Configuration of the dataset, if it has several.")
-    train_data_dir: str | None = argument(None, "Images: a folder in the layout of `datasets`' imagefolder.")
+    train_data_dir: str | None = argument(None, "Images: a folder of pictures, with or without class folders.")
     split: str | None = argument(None, "Split to measure on; by default `validation` or `test`, or else `train`.")
     image_column: str = argument("image", "Column of the dataset with the images.")
     max_samples: int | None = argument(None, "Measure on at most this many images, drawn by a fixed seed.")
@@ -61,6 +62,7 @@ class EvaluationArguments:
     num_pictures: int = argument(8, "Images in the picture of reconstructions.")
 
     def __post_init__(self) -> None:
+        expand_home(self)
         for name in ("max_samples", "batch_size", "num_pictures"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,8 +1,10 @@
 """The files of a token dataset that `tokenize_dataset.py` makes: shards in parquet, their description, and a card."""
 
 import contextlib
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import ClassLabel, DatasetInfo, Features, List, SplitDict, SplitInfo, Value
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from pyarrow.parquet import ParquetWriter
 
-from hf_ifsq.training.model_card import without_local_paths
+from hf_ifsq.training.data import ImageDataset
 from hf_ifsq.training.tokens import INFO_FILE, TokenDatasetInfo
 
 
@@ -163,7 +166,7 @@ class TokenDatasetWriter:
         metadata = DatasetCardData(tags=["image-tokens", "ifsq"])
         content.to_dataset_card_data(metadata)
         values = {"title": title, "info": self.info, "columns": list(self.features), "info_file": INFO_FILE}
-        card = DatasetCard.from_template(metadata, str(CARD), None, public=without_local_paths, **values)
+        card = DatasetCard.from_template(metadata, str(CARD), None, **values)
         _write_whole(self.folder / "README.md", f"{card}\n")
         if self._unfinished.is_file():
             self._unfinished.rename(self.folder / INFO_FILE)
@@ -180,8 +183,34 @@ class TokenDatasetWriter:
             differences = ", ".join(f"`{name}` ({before.get(name)} and now {now.get(name)})" for name in names)
             raise ValueError(
                 f"`output_dir` {self.folder} has a token dataset begun with other settings: {differences}. Give the "
-                "same ones to go on, or another folder."
+                "same ones to go on, or another folder. A `sha256` differs where the files themselves are others."
             )
+
+
+def fingerprint_images(data: ImageDataset, num_contents: int = 1000) -> str:
+    """
+    SHA-256 of the names, sizes and labels of all images of a dataset, and of the contents of at most `num_contents` of
+    those that are drawn. Where they lie and when they were written makes no difference.
+    """
+    digest = hashlib.sha256()
+    table = data.stored.data
+    for images in table.column(data.image_column).chunks:
+        paths = pc.struct_field(images, "path").to_pylist()
+        sizes = pc.binary_length(pc.struct_field(images, "bytes")).to_pylist()
+        for path, size in zip(paths, sizes):
+            # A missing file is an error when it is read, which names it better.
+            if size is None and path is not None and os.path.isfile(path):
+                size = os.path.getsize(path)
+            digest.update(f"{os.path.basename(path or '')} {size}\n".encode())
+    if data.label_column is not None:
+        digest.update(str(table.column(data.label_column).to_pylist()).encode())
+    for index in np.linspace(0, len(data) - 1, min(len(data), num_contents)).astype(int).tolist():
+        image = data.stored[index][data.image_column] or {}
+        if image.get("bytes") is not None:
+            digest.update(image["bytes"])
+        elif os.path.isfile(image.get("path") or ""):
+            digest.update(Path(image["path"]).read_bytes())
+    return digest.hexdigest()
 
 
 def _to_arrow(name: str, values: np.ndarray, arrow_type: pa.DataType) -> pa.Array:

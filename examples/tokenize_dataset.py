@@ -9,6 +9,7 @@ The output is a folder for `--token_dataset` of `train_repa_ar.py` and `train_re
 """
 
 import itertools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +17,17 @@ import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Value
 from huggingface_hub import create_repo, upload_folder
-from token_dataset_writer import ShardBatches, TokenDatasetWriter
+from token_dataset_writer import ShardBatches, TokenDatasetWriter, fingerprint_images
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import hf_ifsq
 from hf_ifsq.models.image_tokenizer import load_image_tokenizer
 from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, parse_args, values_for
-from hf_ifsq.training.data import ImageDataset, ImageTransform, check_labels, load_image_dataset, read_class_names
+from hf_ifsq.training.data import NONE, ImageDataset, load_image_dataset, read_class_names
+from hf_ifsq.training.image_transform import ImageTransform
 from hf_ifsq.training.model_card import without_local_paths
-from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint
+from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint, remember_tokenizer
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -62,6 +64,7 @@ class TokenizationArguments(DataArguments):
 @torch.no_grad()
 def main(args: TokenizationArguments) -> None:
     accelerator = Accelerator(mixed_precision="no")
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
 
     # 1. Models, in float32: a rounded latent is another token.
     tokenizer = load_image_tokenizer(args.tokenizer, sample_size=args.resolution).to(accelerator.device)
@@ -73,41 +76,43 @@ def main(args: TokenizationArguments) -> None:
     # 2. Images and labels.
     train_images, validation_images = load_image_dataset(**values_for(load_image_dataset, args))
     splits = {"train": train_images} | ({} if validation_images is None else {"validation": validation_images})
-    label_feature = find_label_feature(splits, args.label_column)
+    label_feature = find_label_feature(train_images, validation_images, args.label_column)
+    label_column = None if label_feature is None else args.label_column
+    transform = ImageTransform(channels=tokenizer.in_channels, **values_for(ImageTransform, args))
+    data = {name: ImageDataset(images, transform, args.image_column, label_column) for name, images in splits.items()}
     # Validation images are taken as they are.
     num_augmentations = {"train": args.num_augmentations, "validation": 0}
 
     # 3. The folder, which may have shards of an earlier run already.
     info = TokenDatasetInfo(
         tokenizer={
-            "name_or_path": args.tokenizer,
+            "name_or_path": without_local_paths(args.tokenizer),
             "revision": type(tokenizer.model).load_config(args.tokenizer, return_commit_hash=True)[1],
             **fingerprint(tokenizer),
         },
         scaling_factor=tokenizer.scaling_factor,
         resolution=args.resolution,
-        teacher=None if teacher is None else {"name_or_path": args.teacher, "hidden_size": teacher.hidden_size},
+        teacher=teacher and {"name_or_path": without_local_paths(args.teacher), "hidden_size": teacher.hidden_size},
         num_rows={name: len(images) * max(1, num_augmentations[name]) for name, images in splits.items()},
-        images={name: getattr(args, name) for name in IMAGE_SETTINGS},
+        images={name: without_local_paths(getattr(args, name)) for name in IMAGE_SETTINGS}
+        | {f"{name}_sha256": fingerprint_images(images) for name, images in data.items()},
         shards={name: getattr(args, name) for name in ("batch_size", "images_per_shard")},
         hf_ifsq_version=hf_ifsq.__version__,
     )
     writer = TokenDatasetWriter(args.output_dir, info, label_feature)
     if accelerator.is_main_process:
         writer.begin()
+        remember_tokenizer(args.output_dir, args.tokenizer)
     accelerator.wait_for_everyone()
 
     # 4. Tokens. Each process makes its own share of the shards, as far as they are missing.
     missing = {split: [shard for shard in writer.shards(split) if not shard.path.exists()] for split in splits}
     # All processes see the same shards missing before any of them writes one.
     accelerator.wait_for_everyone()
-    transform = ImageTransform(channels=tokenizer.in_channels, **values_for(ImageTransform, args))
-    label_column = None if label_feature is None else args.label_column
-    for split, images in splits.items():
+    for split in splits:
         shards = missing[split][accelerator.process_index :: accelerator.num_processes]
-        data = ImageDataset(images, transform, args.image_column, label_column)
         batches = ShardBatches(shards, args.batch_size, num_augmentations[split])
-        loader = iter(DataLoader(data, batch_sampler=batches, num_workers=args.dataloader_num_workers))
+        loader = iter(DataLoader(data[split], batch_sampler=batches, num_workers=args.dataloader_num_workers))
         for shard in tqdm(shards, desc=f"Shards of {split}", disable=not accelerator.is_local_main_process):
             with writer.open(shard) as add_rows:
                 for batch in itertools.islice(loader, batches.count(shard)):
@@ -130,14 +135,12 @@ def main(args: TokenizationArguments) -> None:
     accelerator.end_training()
 
 
-def find_label_feature(splits: dict[str, Dataset], label_column: str) -> ClassLabel | Value | None:
+def find_label_feature(train: Dataset, validation: Dataset | None, label_column: str) -> ClassLabel | Value | None:
     """Type of the labels, with names where they are known; `None` if there are none and no column was named."""
-    if label_column == "label" and "label" not in splits["train"].column_names:
+    if label_column == NONE or label_column == "label" and "label" not in train.column_names:
         return None
-    id2label = read_class_names(splits["train"], label_column)
-    for images in splits.values():
-        check_labels(images, label_column, len(id2label))
-    feature = splits["train"].features[label_column]
+    read_class_names(train, label_column, validation)
+    feature = train.features[label_column]
     return feature if isinstance(feature, ClassLabel) else Value("int64")
 
 

@@ -9,6 +9,7 @@ With `--token_dataset outputs/tokens`, which `tokenize_dataset.py` writes, in pl
 arguments: `--help`.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARPipeline
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.configuration_ifsq_ar import SIZES
+from hf_ifsq.randomness import draw, generators_at
 from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args, values_for
 from hf_ifsq.training.model_card import make_model_card, without_local_paths
 from hf_ifsq.training.optimization import make_optimizer
@@ -35,13 +37,15 @@ class ARTrainingArguments(GeneratorArguments):
     vocab_sizes: list[int] | None = argument(
         None, "Sizes of the factors of a token; by default one head over the codebook."
     )
-    size: str = argument("B", "Size of the model, one of LlamaGen's.", choices=list(SIZES))
+    size: str | None = argument(None, "Size of the model, one of LlamaGen's; by default B.", choices=list(SIZES))
     hidden_size: int | None = argument(None, "Width of the model, in place of that of its size.")
     num_hidden_layers: int | None = argument(None, "Layers over the grid, in place of those of its size.")
     num_attention_heads: int | None = argument(None, "Attention heads, in place of those of its size.")
-    num_factor_layers: int = argument(2, "Layers over the factors of a token.")
+    num_factor_layers: int | None = argument(None, "Layers over the factors of a token; by default 2.")
     dropout: float = argument(0.1, "Dropout of embeddings and residual branches.")
     repa_weight: float = argument(2.0, "Weight of the alignment loss.")
+
+    ARCHITECTURE = ("size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_factor_layers")
 
 
 def main(args: ARTrainingArguments) -> dict[str, float]:
@@ -57,19 +61,23 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         validation_loader = run.evaluation_dataloader(source.validation_data)
 
     # 2. Model.
-    dimensions = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-    config = IFSQARConfig.from_size(
-        args.size,
-        **{name: getattr(args, name) for name in dimensions if getattr(args, name) is not None},
-        vocab_sizes=args.vocab_sizes or [tokenizer.require_codebook()],
-        num_classes=len(id2label),
-        grid_size=tokenizer.grid_size,
-        num_factor_layers=args.num_factor_layers,
-        dropout=args.dropout,
-        class_dropout_prob=args.class_dropout_prob,
-        id2label=id2label,
-    )
-    model = IFSQARForImageGeneration(config)
+    pretrained = args.pretrained("transformer")
+    vocab_sizes = args.vocab_sizes or (pretrained and pretrained.config["vocab_sizes"]) or []
+    if not args.vocab_sizes and math.prod(vocab_sizes) != tokenizer.require_codebook():
+        vocab_sizes = [tokenizer.require_codebook()]
+    about_data = {
+        "vocab_sizes": vocab_sizes,
+        "num_classes": len(id2label),
+        "grid_size": list(tokenizer.grid_size),
+        "id2label": id2label,
+    }
+    dropouts = {"dropout": args.dropout, "class_dropout_prob": args.class_dropout_prob}
+    if pretrained is None:
+        sizes = {name: getattr(args, name) for name in args.ARCHITECTURE if getattr(args, name) is not None}
+        model = IFSQARForImageGeneration(IFSQARConfig.from_size(**{"size": "B", **sizes}, **about_data, **dropouts))
+    else:
+        model = pretrained.load(IFSQARForImageGeneration, **about_data, **dropouts)
+    config = model.config
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     alignments, repa_depth, cknna_depth = [], None, None
@@ -88,14 +96,22 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
     # It checks that the model fits the tokenizer.
     pipeline = IFSQARPipeline(run.saved_model, tokenizer.model)
     sampling = {"num_images_per_label": args.num_images_per_label, "guidance_scale": args.guidance_scale}
+    validation = (run, pipeline, source, validation_loader, cknna_depth, sampling)
 
     # 4. Training.
     model.train()
-    metrics = None
+    if run.validation_due:
+        validate(*validation)
     for batch in train_loader:
         indices = source.indices(batch)
+        # Drawn for each image, so that several processes train like one; the masks of dropout are not.
+        uniforms = draw(torch.rand, (), generators_at(args.seed, batch["position"]), indices.device)
+        options = {
+            "class_dropout_mask": uniforms < args.class_dropout_prob,
+            "output_hidden_states": bool(alignments),
+        }
         with accelerator.accumulate(model, *alignments):
-            output = model(batch["class_labels"], indices, labels=indices, output_hidden_states=bool(alignments))
+            output = model(batch["class_labels"], indices, labels=indices, **options)
             loss = output.loss
             run.record(cross_entropy=output.loss)
             if len(output.factor_losses) > 1:
@@ -118,31 +134,30 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
                 run.record(gradient_norm=gradient_norm)
             run.end_step(learning_rate, tokens_per_image=config.num_tokens)
             if run.validation_due:
-                metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
+                validate(*validation)
 
-    # 5. Result. A finished run that is resumed has not validated.
-    if metrics is None:
-        metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
-    if accelerator.is_main_process:
-        pipeline.save_pretrained(args.output_dir)
-    description = f"Generates images of {len(id2label)} classes, token by token."
-    if args.teacher is not None:
-        description += (
-            f" In training, its layer {repa_depth} was aligned with `{without_local_paths(args.teacher)}` by REPA "
-            f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
+    # 5. Result. The model is on disk before anything else can fail.
+    run.save(pipeline)
+    with run.after_training():
+        metrics = validate(*validation)
+        description = f"Generates images of {len(id2label)} classes, token by token."
+        if args.teacher is not None:
+            description += (
+                f" In training, its layer {repa_depth} was aligned with `{without_local_paths(args.teacher)}` by REPA "
+                f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
+            )
+        card = make_model_card(
+            title=f"Autoregressive image generator on tokens of {type(tokenizer.model).__name__}",
+            description=description,
+            usage="from hf_ifsq import IFSQARPipeline\n\n"
+            f'pipe = IFSQARPipeline.from_pretrained("{run.model_name}")\n'
+            f"image = pipe({id2label[0]!r}).images[0]",
+            facts=args.facts(tokenizer.model.config.sample_size, run.saved_model.num_parameters()) | run.facts(),
+            metrics=metrics,
+            arguments=asdict(args),
+            pipeline_tag="unconditional-image-generation",
         )
-    card = make_model_card(
-        title=f"Autoregressive image generator on tokens of {type(tokenizer.model).__name__}",
-        description=description,
-        usage="from hf_ifsq import IFSQARPipeline\n\n"
-        f'pipe = IFSQARPipeline.from_pretrained("{run.model_name}")\n'
-        f"image = pipe({id2label[0]!r}).images[0]",
-        facts=args.facts(tokenizer.model.config.sample_size, run.saved_model.num_parameters()) | run.facts(),
-        metrics=metrics,
-        arguments=asdict(args),
-        pipeline_tag="unconditional-image-generation",
-    )
-    run.finish(card)
+        run.finish(card)
     return metrics
 
 

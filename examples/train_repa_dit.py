@@ -9,6 +9,7 @@ With `--token_dataset outputs/tokens`, which `tokenize_dataset.py` writes, in pl
 arguments: `--help`.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 from hf_ifsq import IFSQDiTPipeline, IFSQDiTTransformer2DModel
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.transformer_ifsq_dit import SIZES
+from hf_ifsq.randomness import draw, generators_at
 from hf_ifsq.training.arguments import GeneratorArguments, argument, parse_args, values_for
 from hf_ifsq.training.losses import velocity_loss
 from hf_ifsq.training.model_card import make_model_card, without_local_paths
@@ -33,9 +35,9 @@ class DiTTrainingArguments(GeneratorArguments):
     """Arguments of this script beside those that both generator scripts share."""
 
     output_dir: str = argument("outputs/dit", "Folder of the result.")
-    size: str = argument(
-        "B/1",
-        "Size of the model, one of DiT's, and side of the square of codes that makes a token.",
+    size: str | None = argument(
+        None,
+        "Size of the model, one of DiT's, and side of the square of codes that makes a token; by default B/1.",
         choices=[f"{name}/{patch_size}" for name in SIZES for patch_size in (1, 2)],
     )
     patch_size: int | None = argument(None, "Side of that square, in place of that of its size.", choices=[1, 2])
@@ -46,6 +48,7 @@ class DiTTrainingArguments(GeneratorArguments):
     num_inference_steps: int = argument(50, "Euler steps of the validation pictures.")
 
     POSITIVE = (*GeneratorArguments.POSITIVE, "num_inference_steps")
+    ARCHITECTURE = ("size", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
 
 
 def main(args: DiTTrainingArguments) -> dict[str, float]:
@@ -53,7 +56,13 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     accelerator = run.accelerator
 
     # 1. Data: images or their tokens, class names, tokenizer and teacher.
-    patch_size = int(args.size.split("/")[1]) if args.patch_size is None else args.patch_size
+    pretrained = args.pretrained("transformer")
+    sizes = {"size": "B/1"} | {
+        name: getattr(args, name) for name in args.ARCHITECTURE if getattr(args, name) is not None
+    }
+    patch_size = sizes.get("patch_size", int(sizes["size"].split("/")[1]))
+    if pretrained is not None:
+        patch_size = pretrained.config["patch_size"]
     source = args.load_source(accelerator.device, patch_size)
     tokenizer, id2label = source.tokenizer, source.id2label
     train_loader = run.dataloader(source.train_data)
@@ -62,20 +71,20 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         validation_loader = run.evaluation_dataloader(source.validation_data)
 
     # 2. Model.
-    dimensions = ("num_layers", "num_attention_heads", "attention_head_dim")
-    model = IFSQDiTTransformer2DModel.from_size(
-        args.size,
-        **{name: getattr(args, name) for name in dimensions if getattr(args, name) is not None},
-        sample_size=tokenizer.grid_size,
-        patch_size=patch_size,
-        in_channels=tokenizer.latent_channels,
-        num_classes=len(id2label),
-        class_dropout_prob=args.class_dropout_prob,
-        id2label=id2label,
-        levels=tokenizer.levels,
-        scaling_factor=tokenizer.scaling_factor,
-        equal_bins=tokenizer.equal_bins,
-    )
+    options = {
+        "sample_size": tokenizer.grid_size,
+        "in_channels": tokenizer.latent_channels,
+        "num_classes": len(id2label),
+        "class_dropout_prob": args.class_dropout_prob,
+        "id2label": id2label,
+        "levels": tokenizer.levels,
+        "scaling_factor": tokenizer.scaling_factor,
+        "equal_bins": tokenizer.equal_bins,
+    }
+    if pretrained is None:
+        model = IFSQDiTTransformer2DModel.from_size(**sizes, **options)
+    else:
+        model = pretrained.load(IFSQDiTTransformer2DModel, **options)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     alignments, repa_depth, cknna_depth = [], None, None
@@ -96,18 +105,25 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     pipeline = IFSQDiTPipeline(run.saved_model, tokenizer.model, FlowMatchEulerDiscreteScheduler())
     names = ("num_images_per_label", "num_inference_steps", "guidance_scale")
     sampling = {name: getattr(args, name) for name in names}
+    validation = (run, pipeline, source, validation_loader, cknna_depth, sampling)
 
     # 4. Training.
     model.train()
-    metrics = None
+    if run.validation_due:
+        validate(*validation)
     for batch in train_loader:
-        latents = tokenizer.codes_to_latents(source.codes(batch, sample_posterior=True))
+        # All that is random is drawn for each image, so that several processes train like one.
+        generators = generators_at(args.seed, batch["position"])
+        latents = tokenizer.codes_to_latents(source.codes(batch, generators))
+        # A point on the straight path from noise (t = 0) to data (t = 1), more often in its middle.
+        noise, t = draw_noise_and_times(generators, latents)
+        noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
+        options = {
+            "class_dropout_mask": draw(torch.rand, (), generators, latents.device) < args.class_dropout_prob,
+            "output_hidden_states": bool(alignments),
+        }
         with accelerator.accumulate(model, *alignments):
-            # A point on the straight path from noise (t = 0) to data (t = 1), more often in its middle.
-            noise = torch.randn_like(latents)
-            t = torch.randn(len(latents), device=latents.device).sigmoid()
-            noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
-            output = model(noisy_latents, t, batch["class_labels"], output_hidden_states=bool(alignments))
+            output = model(noisy_latents, t, batch["class_labels"], **options)
             squared_error, direction_error = (part.mean() for part in velocity_loss(output.sample, latents - noise))
             loss = squared_error + direction_error
             run.record(squared_error=squared_error, direction_error=direction_error)
@@ -129,46 +145,39 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
                 run.record(gradient_norm=gradient_norm)
             run.end_step(learning_rate)
             if run.validation_due:
-                metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
+                validate(*validation)
 
-    # 5. Result. A finished run that is resumed has not validated.
-    if metrics is None:
-        metrics = validate(run, pipeline, source, validation_loader, cknna_depth, sampling)
-    if accelerator.is_main_process:
-        pipeline.save_pretrained(args.output_dir)
-    description = f"Generates images of {len(id2label)} classes by flow matching."
-    if args.teacher is not None:
-        description += (
-            f" In training, its block {repa_depth} was aligned with `{without_local_paths(args.teacher)}` by REPA "
-            f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
+    # 5. Result. The model is on disk before anything else can fail.
+    run.save(pipeline)
+    with run.after_training():
+        metrics = validate(*validation)
+        description = f"Generates images of {len(id2label)} classes by flow matching."
+        if args.teacher is not None:
+            description += (
+                f" In training, its block {repa_depth} was aligned with `{without_local_paths(args.teacher)}` by REPA "
+                f"([arXiv 2410.06940](https://arxiv.org/abs/2410.06940)) with the weight {args.repa_weight:g}."
+            )
+        card = make_model_card(
+            title=f"Diffusion image generator on codes of {type(tokenizer.model).__name__}",
+            description=description,
+            usage="from hf_ifsq import IFSQDiTPipeline\n\n"
+            f'pipe = IFSQDiTPipeline.from_pretrained("{run.model_name}")\n'
+            f"image = pipe({id2label[0]!r}).images[0]",
+            facts=args.facts(tokenizer.model.config.sample_size, run.saved_model.num_parameters()) | run.facts(),
+            metrics=metrics,
+            arguments=asdict(args),
+            pipeline_tag="unconditional-image-generation",
         )
-    card = make_model_card(
-        title=f"Diffusion image generator on codes of {type(tokenizer.model).__name__}",
-        description=description,
-        usage="from hf_ifsq import IFSQDiTPipeline\n\n"
-        f'pipe = IFSQDiTPipeline.from_pretrained("{run.model_name}")\n'
-        f"image = pipe({id2label[0]!r}).images[0]",
-        facts=args.facts(tokenizer.model.config.sample_size, run.saved_model.num_parameters()) | run.facts(),
-        metrics=metrics,
-        arguments=asdict(args),
-        pipeline_tag="unconditional-image-generation",
-    )
-    run.finish(card)
+        run.finish(card)
     return metrics
 
 
-def validation_noise_and_times(
-    run: TrainingRun, step: int, latents: torch.Tensor
+def draw_noise_and_times(
+    generators: Sequence[torch.Generator], latents: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fixed by the seed and the number of the image, so that any two runs compare, on any number of processes."""
-    batch_number = step * run.accelerator.num_processes + run.accelerator.process_index
-    first_image = batch_number * run.train_batch_size
-    noise, times = [], []
-    for number in range(first_image, first_image + len(latents)):
-        generator = torch.Generator().manual_seed(run.seed + number)
-        noise.append(torch.randn(latents.shape[1:], generator=generator))
-        times.append(torch.randn((), generator=generator).sigmoid())
-    return torch.stack(noise).to(latents.device), torch.stack(times).to(latents.device)
+    """Standard normal noise of the shape of the latents and logit-normal times `(batch,)`, by a generator an image."""
+    noise = draw(torch.randn, tuple(latents.shape[1:]), generators, latents.device)
+    return noise, draw(torch.randn, (), generators, latents.device).sigmoid()
 
 
 @torch.no_grad()
@@ -189,9 +198,9 @@ def validate(
     with run.untimed():
         if loader is not None:
             losses, features = [], []
-            for step, batch in enumerate(loader):
+            for batch in loader:
                 latents = source.tokenizer.codes_to_latents(source.codes(batch))
-                noise, t = validation_noise_and_times(run, step, latents)
+                noise, t = draw_noise_and_times(generators_at(run.seed, batch["position"]), latents)
                 noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
                 output = model(noisy_latents, t, batch["class_labels"], output_hidden_states=source.measures_cknna)
                 losses.append(gather(sum(velocity_loss(output.sample, latents - noise))))

@@ -11,12 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, ModelMixin, VQModel
 from diffusers.image_processor import VaeImageProcessor
-from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hf_ifsq import AutoencoderIFSQ
@@ -24,20 +20,24 @@ from hf_ifsq.metrics.codebook import CodebookUsage
 from hf_ifsq.metrics.images import peak_signal_noise_ratio
 from hf_ifsq.models.image_tokenizer import ImageTokenizer, as_image_tokenizer
 from hf_ifsq.models.quantization import BOUNDS
+from hf_ifsq.randomness import generators_at
 from hf_ifsq.training import adversarial
 from hf_ifsq.training.arguments import TrainingArguments, argument, parse_args, values_for
 from hf_ifsq.training.data import ImageDataset, ImageTransform, load_image_dataset
 from hf_ifsq.training.model_card import make_model_card
 from hf_ifsq.training.optimization import make_optimizer
 from hf_ifsq.training.run import TrainingRun
+from hf_ifsq.training.tokenizer import (
+    BOTTLENECK_WEIGHTS,
+    BOTTLENECKS,
+    TokenizerLosses,
+    check_options,
+    make_tokenizer,
+)
 from hf_ifsq.vision.lpips import LPIPS
 
 
 logger = get_logger(__name__)
-
-# Slope of the bound and weight of the bottleneck's own loss, where the arguments do not say.
-ALPHAS = {"ifsq": 1.6, "fsq": 2.0}
-BOTTLENECK_WEIGHTS = {"vq": 1.0, "kl": 1e-6}
 
 
 @dataclass
@@ -46,25 +46,29 @@ class TokenizerTrainingArguments(TrainingArguments):
 
     output_dir: str = argument("outputs/tokenizer", "Folder of the result.")
     adam_beta2: float = argument(0.999, "Decay of AdamW's mean of squared gradients.")
-    bottleneck: str = argument(
-        "ifsq",
-        "`ifsq` or `fsq`: AutoencoderIFSQ, `vq`: VQModel, `kl`: AutoencoderKL.",
-        choices=[*ALPHAS, *BOTTLENECK_WEIGHTS],
+    bottleneck: str | None = argument(
+        None,
+        "`ifsq`, the default, or `fsq`: AutoencoderIFSQ, `vq`: VQModel, `kl`: AutoencoderKL.",
+        choices=list(BOTTLENECKS),
     )
-    channels: int = argument(3, "1 for grey images, 3 for RGB.")
-    block_out_channels: list[int] = argument(
-        [128, 128, 256, 512, 512], "Widths; all but the last halve the resolution."
+    channels: int | None = argument(None, "1 for grey images, 3, the default, for RGB.")
+    block_out_channels: list[int] | None = argument(
+        None, "Widths, all but the last of which halve the resolution; by default 128 128 256 512 512."
     )
-    layers_per_block: int = argument(2, "Residual blocks at each resolution.")
-    levels: list[int] = argument([17, 17, 17, 17], "Levels of each channel of `ifsq` and `fsq`.")
+    layers_per_block: int | None = argument(None, "Residual blocks at each resolution; by default 2.")
+    levels: list[int] | None = argument(
+        None, "Levels of each channel of `ifsq` and `fsq`; by default 17 in each of 4."
+    )
     alpha: float | None = argument(None, "Slope of the bound of `ifsq`; by default 1.6.")
-    bound: str = argument(
-        "sigmoid", "Bound of `ifsq`; `normal` is the normal distribution function.", choices=[*BOUNDS]
+    bound: str | None = argument(
+        None, "Bound of `ifsq`; `normal` is the normal distribution function.", choices=[*BOUNDS]
     )
     equal_bins: bool = argument(False, "Quantize `ifsq` by bins of equal width in place of rounding.")
-    noise_prob: float = argument(0.0, "Share of the values of `ifsq` that get noise within their bin in training.")
-    latent_channels: int = argument(4, "Channels of the codes of `vq` and `kl`.")
-    codebook_size: int = argument(16384, "Entries of the codebook of `vq`.")
+    noise_prob: float | None = argument(
+        None, "Share of the values of `ifsq` that get noise within their bin in training; by default none."
+    )
+    latent_channels: int | None = argument(None, "Channels of the codes of `vq` and `kl`; by default 4.")
+    codebook_size: int | None = argument(None, "Entries of the codebook of `vq`; by default 16,384.")
     bottleneck_weight: float | None = argument(None, "Weight of the loss of `vq` (by default 1) and `kl` (1e-6).")
     reconstruction_loss: str = argument("l1", "Distance of pixels: `l1` or `l2`.", choices=["l1", "l2"])
     perceptual_weight: float = argument(1.0, "Weight of LPIPS; 0 trains without.")
@@ -76,17 +80,19 @@ class TokenizerTrainingArguments(TrainingArguments):
     discriminator_layers: int = argument(4, "Halvings of the resolution in the discriminator; fewer for small images.")
     num_validation_images: int = argument(16, "Images in the picture of a validation.")
 
+    ARCHITECTURE = (
+        *("bottleneck", "channels", "block_out_channels", "layers_per_block", "levels", "alpha", "bound"),
+        *("equal_bins", "latent_channels", "codebook_size"),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("perceptual_weight", "discriminator_weight", "discriminator_start_step"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
-        for name in ("alpha", "bound", "equal_bins", "noise_prob"):
-            value = getattr(self, name)
-            if self.bottleneck != "ifsq" and value != getattr(type(self), name):
-                raise ValueError(
-                    f"`{name}` can be chosen for the bottleneck 'ifsq' alone, got {value} with {self.bottleneck!r}."
-                )
+        names = {name for of_bottleneck in BOTTLENECKS.values() for name in of_bottleneck}
+        if self.pretrained_model_name_or_path is None:
+            check_options(self.bottleneck or "ifsq", [name for name in names if is_given(getattr(self, name))])
         if self.bottleneck == "vq" and self.gradient_checkpointing:
             raise ValueError("`gradient_checkpointing` must be off with the bottleneck `vq`: VQModel has none.")
 
@@ -95,49 +101,45 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     run = TrainingRun(**values_for(TrainingRun, args), arguments=asdict(args))
     accelerator = run.accelerator
 
-    # 1. Data.
-    train_images, validation_images = load_image_dataset(**values_for(load_image_dataset, args))
-    transform = ImageTransform(**values_for(ImageTransform, args))
-    train_data = ImageDataset(train_images, transform, args.image_column)
+    # 1. Model.
+    options = {name: getattr(args, name) for name in (*args.ARCHITECTURE, "noise_prob")}
+    options = {name: value for name, value in options.items() if is_given(value)}
+    pretrained = args.pretrained("tokenizer")
+    if pretrained is None:
+        model = make_tokenizer(sample_size=args.resolution, **options)
+    else:
+        model = pretrained.load_tokenizer(sample_size=args.resolution, **options)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    tokenizer = view = as_image_tokenizer(model)
+
+    # 2. Data.
+    train_rows, validation_rows = load_image_dataset(**values_for(load_image_dataset, args) | {"label_column": None})
+    transform = ImageTransform(**values_for(ImageTransform, args) | {"channels": tokenizer.in_channels})
+    train_data = ImageDataset(train_rows, transform, args.image_column)
     train_loader = run.dataloader(train_data)
     # Without a validation split the pictures show training images, and no metric is reported.
     shown_data, validation_loader = train_data, None
-    if validation_images is not None:
-        shown_data = ImageDataset(validation_images, transform, args.image_column)
+    if validation_rows is not None:
+        shown_data = ImageDataset(validation_rows, transform, args.image_column)
         validation_loader = run.evaluation_dataloader(shown_data)
 
-    # 2. Models and losses.
-    sizes = {
-        "in_channels": args.channels,
-        "out_channels": args.channels,
-        "block_out_channels": tuple(args.block_out_channels),
-        "layers_per_block": args.layers_per_block,
-        "sample_size": args.resolution,
-        "scaling_factor": 1.0,
-    }
-    if args.bottleneck in ALPHAS:
-        alpha = ALPHAS[args.bottleneck] if args.alpha is None else args.alpha
-        quantizer = {"alpha": alpha, "bound": args.bound, "equal_bins": args.equal_bins, "noise_prob": args.noise_prob}
-        model = AutoencoderIFSQ(**sizes, levels=tuple(args.levels), **quantizer)
-    else:
-        model = make_baseline(args.bottleneck, args.latent_channels, args.codebook_size, sizes)
-    if args.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    tokenizer = as_image_tokenizer(model)
+    # 3. Losses.
     lpips = LPIPS(args.perceptual_vgg).to(accelerator.device) if args.perceptual_weight > 0 else None
-    weight = BOTTLENECK_WEIGHTS.get(args.bottleneck, 0.0) if args.bottleneck_weight is None else args.bottleneck_weight
-    weights = {"perceptual": args.perceptual_weight, "bottleneck": weight, "adversarial": args.discriminator_weight}
+    weights = {"perceptual": args.perceptual_weight, "adversarial": args.discriminator_weight}
+    usual_weight = BOTTLENECK_WEIGHTS[type(model)]
+    weights["bottleneck"] = usual_weight if args.bottleneck_weight is None else args.bottleneck_weight
     losses = TokenizerLosses(args.reconstruction_loss, lpips, weights)
     start = run.num_steps if args.discriminator_start_step is None else args.discriminator_start_step
     discriminator_steps = range(start, run.num_steps, 2)
 
-    # 3. Optimizers. Tokenizer and discriminator take turns, and the schedule of each counts its own steps.
+    # 4. Optimizers. Tokenizer and discriminator take turns, and the schedule of each counts its own steps.
     optimization = {"num_processes": accelerator.num_processes, **values_for(make_optimizer, args)}
     num_tokenizer_steps = run.num_steps - len(discriminator_steps)
     optimizer, lr_scheduler = make_optimizer(tokenizer.parameters(), num_tokenizer_steps, **optimization)
     adversary = []
     if args.discriminator_start_step is not None:
-        discriminator = adversarial.PatchDiscriminator(args.channels, num_layers=args.discriminator_layers)
+        discriminator = adversarial.PatchDiscriminator(tokenizer.in_channels, num_layers=args.discriminator_layers)
         # A run may end before its first step, for another to go on with it.
         num_steps = max(1, len(discriminator_steps))
         adversary = [discriminator, *make_optimizer(discriminator.parameters(), num_steps, **optimization)]
@@ -146,24 +148,29 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     )
     players = {"tokenizer": (tokenizer, optimizer, lr_scheduler), "discriminator": tuple(adversary)}
     last_layer = model.decoder.conv_out
+    validation = (run, shown_data, validation_loader, args.num_validation_images)
     if adversary:
         adversarial.remember_input(last_layer)
 
-    # 4. Training.
+    # 5. Training.
     model.train()
-    metrics = None
+    if run.validation_due:
+        validate(*validation)
     for batch in train_loader:
         turn = "discriminator" if run.global_step in discriminator_steps else "tokenizer"
         player, optimizer, lr_scheduler = players[turn]
         with accelerator.accumulate(player):
             pixel_values = batch["pixel_values"]
+            # Drawn for each image, so that several processes train like one.
+            noise = view.draw_noise(generators_at(args.seed, batch["position"]))
             if turn == "tokenizer":
                 discriminator = accelerator.unwrap_model(adversary[0]) if run.global_step > start else None
-                loss, terms = losses(*tokenizer(pixel_values), pixel_values, discriminator, last_layer, accelerator)
+                outputs = tokenizer(pixel_values, noise)
+                loss, terms = losses(*outputs, pixel_values, discriminator, last_layer, accelerator)
                 run.record(loss=loss, **terms)
             else:
                 with torch.no_grad():
-                    sample = accelerator.unwrap_model(tokenizer)(pixel_values)[0]
+                    sample = accelerator.unwrap_model(tokenizer)(pixel_values, noise)[0]
                 scores = player(torch.cat([pixel_values, sample.float()]))
                 loss = adversarial.hinge_loss(*scores.chunk(2))
                 run.record(discriminator_loss=loss)
@@ -177,76 +184,32 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
         if accelerator.sync_gradients:
             run.end_step(learning_rate, model_changed=turn == "tokenizer")
             if run.validation_due:
-                metrics = validate(run, shown_data, validation_loader, args.num_validation_images)
+                validate(*validation)
 
-    # 5. Result. A finished run that is resumed has not validated.
-    if metrics is None:
-        metrics = validate(run, shown_data, validation_loader, args.num_validation_images)
-    std = measure_std(run, train_data)
-    run.saved_model.register_to_config(scaling_factor=1 / std)
-    if accelerator.is_main_process:
-        run.saved_model.save_pretrained(args.output_dir)
-    view = as_image_tokenizer(run.saved_model)
-    name, library = type(model).__name__, "hf_ifsq" if isinstance(model, AutoencoderIFSQ) else "diffusers"
-    card = make_model_card(
-        title=f"Image tokenizer, {args.bottleneck}",
-        description=f"Each square of {view.downsampling_factor} pixels a side becomes a code of "
-        f"{view.latent_channels} channels{f', one of {view.codebook_size}' if view.codebook_size else ''}.",
-        usage=f'from {library} import {name}\n\ntokenizer = {name}.from_pretrained("{run.model_name}")',
-        facts=args.facts(args.resolution, model.num_parameters()) | run.facts(),
-        metrics=metrics,
-        arguments=asdict(args),
-        pipeline_tag="image-feature-extraction",
-    )
-    run.finish(card)
+    # 6. Result. The model is on disk before anything else can fail.
+    run.save(run.saved_model)
+    with run.after_training():
+        metrics = validate(*validation)
+        run.saved_model.register_to_config(scaling_factor=1 / measure_std(run, train_data))
+        run.save(run.saved_model)
+        name, library = type(model).__name__, "hf_ifsq" if isinstance(model, AutoencoderIFSQ) else "diffusers"
+        card = make_model_card(
+            title=f"Image tokenizer, {args.bottleneck or name}",
+            description=f"Each square of {view.downsampling_factor} pixels a side becomes a code of "
+            f"{view.latent_channels} channels{f', one of {view.codebook_size}' if view.codebook_size else ''}.",
+            usage=f'from {library} import {name}\n\ntokenizer = {name}.from_pretrained("{run.model_name}")',
+            facts=args.facts(args.resolution, model.num_parameters()) | run.facts(),
+            metrics=metrics,
+            arguments=asdict(args),
+            pipeline_tag="image-feature-extraction",
+        )
+        run.finish(card)
     return metrics
 
 
-def make_baseline(bottleneck: str, latent_channels: int, codebook_size: int, sizes: dict[str, Any]) -> ModelMixin:
-    """A tokenizer of diffusers with the encoder and decoder of AutoencoderIFSQ and another bottleneck."""
-    depth = len(sizes["block_out_channels"])
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
-    blocks |= {"mid_block_add_attention": False, "latent_channels": latent_channels}
-    if bottleneck == "vq":
-        return VQModel(**sizes, **blocks, num_vq_embeddings=codebook_size)
-    return AutoencoderKL(**sizes, **blocks)
-
-
-class TokenizerLosses(nn.Module):
-    """The losses of the tokenizer, weighted and added: pixels, LPIPS, the bottleneck's own, the discriminator's."""
-
-    def __init__(self, distance: str, lpips: LPIPS | None, weights: dict[str, float]):
-        super().__init__()
-        self.distance = {"l1": F.l1_loss, "l2": F.mse_loss}[distance]
-        self.lpips = lpips
-        self.weights = weights
-
-    def forward(
-        self,
-        sample: torch.Tensor,
-        bottleneck_loss: torch.Tensor,
-        pixel_values: torch.Tensor,
-        discriminator: nn.Module | None,
-        last_layer: nn.Conv2d,
-        accelerator: Accelerator,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The sum, and its terms for the log; with a discriminator also the adversarial loss of its turn."""
-        sample = sample.float()
-        loss = self.distance(sample, pixel_values)
-        terms = {"reconstruction_loss": loss}
-        if self.lpips is not None:
-            terms["perceptual_loss"] = self.lpips(sample, pixel_values).mean()
-            loss = loss + self.weights["perceptual"] * terms["perceptual_loss"]
-        if discriminator is not None:
-            terms["adversarial_loss"], terms["adaptive_weight"] = adversarial.adversarial_loss(
-                discriminator, sample, loss, last_layer, reduce=lambda gradient: accelerator.reduce(gradient, "mean")
-            )
-            loss = loss + self.weights["adversarial"] * terms["adaptive_weight"] * terms["adversarial_loss"]
-        adversarial.forget_input(last_layer)
-        if self.weights["bottleneck"] > 0:
-            terms["bottleneck_loss"] = bottleneck_loss
-            loss = loss + self.weights["bottleneck"] * bottleneck_loss
-        return loss, terms
+def is_given(value: Any) -> bool:
+    """Whether an argument without a default was given; a flag is never given as `False`."""
+    return value is not None and value is not False
 
 
 @torch.no_grad()
@@ -292,8 +255,17 @@ def measure_std(run: TrainingRun, data: ImageDataset) -> float:
     loader = run.evaluation_dataloader(torch.utils.data.Subset(data, order[:2000].tolist()))
     tokenizer = as_image_tokenizer(run.saved_model)
     gather = run.accelerator.gather_for_metrics
-    codes = [gather(tokenizer.encode_codes(batch["pixel_values"], sample_posterior=True)).cpu() for batch in loader]
-    return torch.cat(codes).double().std(correction=0).item()
+    codes = []
+    for batch in loader:
+        generators = generators_at(run.seed, batch["position"])
+        codes.append(gather(tokenizer.encode_codes(batch["pixel_values"], generators)).cpu())
+    std = torch.cat(codes).double().std(correction=0).item()
+    if std == 0:
+        raise ValueError(
+            "All codes of the training images are equal: there is no `scaling_factor` to measure, and nothing to "
+            "generate. Train for longer, at another `learning_rate`, or with fewer `levels`."
+        )
+    return std
 
 
 if __name__ == "__main__":

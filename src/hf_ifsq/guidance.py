@@ -65,9 +65,15 @@ def guide(predictions: torch.Tensor, scale: float) -> torch.Tensor:
     return uncond + scale * (cond - uncond)
 
 
-def drop_labels(class_labels: torch.Tensor, probability: float, null_label: int) -> torch.Tensor:
-    """Labels for training, of any shape, each replaced with `probability` in [0, 1) by that of the null class."""
-    if probability == 0:
-        return class_labels
-    dropped = torch.rand(class_labels.shape, device=class_labels.device) < probability
-    return class_labels.masked_fill(dropped, null_label)
+def drop_labels(
+    class_labels: torch.Tensor, probability: float, null_label: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Labels for training, of any shape, each replaced with `probability` in [0, 1) by that of the null class, or where a
+    `mask` of their shape says so.
+    """  # noqa: D205
+    if mask is None:
+        if probability == 0:
+            return class_labels
+        mask = torch.rand(class_labels.shape, device=class_labels.device) < probability
+    return class_labels.masked_fill(mask, null_label)

@@ -1,8 +1,9 @@
 """Randomness by image: what an image looks like depends on its own generator, never on its neighbours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .models.checks import describe
@@ -45,3 +46,12 @@ def draw(
     """Numbers of `shape` by each image's generator, from `torch.rand` or `torch.randn`: `(images, *shape)`."""
     draws = [distribution(shape, generator=generator, device=generator.device) for generator in generators]
     return torch.stack([numbers.to(device) for numbers in draws])
+
+
+def generators_at(seed: int, positions: Iterable[int]) -> list[torch.Generator]:
+    """
+    One random generator for each image of a training batch, a function of the run's seed and of the image's position
+    in the stream of all images alone: on any number of processes an image gets the same noise.
+    """  # noqa: D205
+    states = (np.random.SeedSequence([seed, position]).generate_state(1, np.uint64) for position in positions)
+    return [torch.Generator().manual_seed(int(state[0] >> 1)) for state in states]

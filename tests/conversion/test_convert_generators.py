@@ -340,7 +340,7 @@ def test_dit_without_config_or_with_another_entry(tmp_path):
     with pytest.raises(ValueError, match="must have a dictionary under `config`, got list"):
         convert("dit", changed(tmp_path, "dit", lambda content: content.update(config=[1])))
     with pytest.raises(ValueError, match=r"entries \['sampler'\]; those of a diffusion .*'config', 'ema', 'model'"):
-        convert("dit", changed(tmp_path, "dit", lambda content: content.update(sampler=1)))
+        convert("dit", changed(tmp_path, "dit", lambda content: content.update(sampler=torch.ones(2))))
 
 
 # Weights that do not fit.

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,7 +29,14 @@ from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import parse_args
 from hf_ifsq.training.data import ImageDataset, ImageTransform, load_image_dataset
-from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint, load_token_dataset
+from hf_ifsq.training.tokens import (
+    TOKENIZER_PATH_FILE,
+    TokenDatasetInfo,
+    TokenSource,
+    fingerprint,
+    load_token_dataset,
+    remember_tokenizer,
+)
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -112,7 +120,9 @@ def reference(workspace):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What is uploaded: that does not depend on where the folder lies."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / TOKENIZER_PATH_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def image_data(workspace, **overrides):
@@ -220,12 +230,12 @@ def test_description_and_card(workspace, reference):
     content = json.loads((reference / "token_dataset.json").read_text())
     tokenizer = as_image_tokenizer(AutoencoderIFSQ.from_pretrained(workspace / "tokenizer"))
     assert content["tokenizer"] == {
-        "name_or_path": str(workspace / "tokenizer"),
+        "name_or_path": "tokenizer",
         "revision": None,
         **fingerprint(tokenizer),
     }
     assert content["tokenizer"]["codebook_size"] == 765 and content["tokenizer"]["grid_size"] == [4, 4]
-    assert content["teacher"] == {"name_or_path": str(workspace / "teacher"), "hidden_size": 12}
+    assert content["teacher"] == {"name_or_path": "teacher", "hidden_size": 12}
     assert content["num_rows"] == {"train": 120, "validation": 7} and content["resolution"] == 16
     for name, value in {"num_augmentations": 3, "random_flip": True, "min_crop_scale": 0.6, "seed": 4}.items():
         assert content["images"][name] == value
@@ -467,6 +477,7 @@ def test_push_to_the_hub_and_load_from_there(workspace, hub, tmp_path):
     make_tokenizer().save_pretrained(repo)
     argv = arguments(workspace, tmp_path / "out", "--tokenizer", "someone/tokenizer")
     argv += ["--push_to_hub", "--hub_dataset_id", "tokens"]
+    remember_tokenizer(str(tmp_path / "out"), str(workspace / "tokenizer"))
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": "hf_any", "HF_HUB_OFFLINE": "0"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     # What Python adds by itself where a script is the program.
@@ -475,6 +486,7 @@ def test_push_to_the_hub_and_load_from_there(workspace, hub, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     assert contents(root / "datasets" / "someone" / "tokens") == contents(tmp_path / "out")
+    assert not (root / "datasets" / "someone" / "tokens" / ".cache").exists()
     assert TokenDatasetInfo.load(str(tmp_path / "out")).tokenizer["revision"] == COMMIT
     train, _ = image_data(workspace)
     expected = encode(workspace, [train[index] for index in range(40)])
@@ -498,6 +510,62 @@ def test_other_settings_than_those_of_the_first_run(run, workspace):
     assert contents(folder) == before
     run()
     assert contents(folder) == before
+
+
+def write_pictures(folder, *names):
+    for seed, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_images(1, seed)[0].save(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_other_images_than_those_of_the_first_run(run, tmp_path, kind):
+    """Exchanged, one of them or all, or with other labels; elsewhere and written anew they are the same."""
+    data = tmp_path / "data"
+    if kind == "parquet":
+        write_images(data / "train.parquet", 6, seed=0)
+    else:
+        write_pictures(data, "a/0.png", "a/1.png", "b/0.png")
+    folder = run("--dataset_name", str(data))
+    before = contents(folder)
+    shutil.copytree(data, tmp_path / "copies" / "data", copy_function=shutil.copy)
+    run("--dataset_name", str(tmp_path / "copies" / "data"))
+    if kind == "parquet":
+        write_images(data / "train.parquet", 6, seed=1)
+    else:
+        make_images(1, 9)[0].save(data / "b" / "0.png")
+    with pytest.raises(ValueError, match="other settings.*`images.train_sha256` .*files themselves are others"):
+        run("--dataset_name", str(data))
+    if kind == "folder":
+        (tmp_path / "copies" / "data" / "b").rename(tmp_path / "copies" / "data" / "c")
+        (tmp_path / "copies" / "data" / "c" / "0.png").rename(tmp_path / "copies" / "data" / "a" / "2.png")
+        with pytest.raises(ValueError, match="other settings.*`images.train_sha256`"):
+            run("--dataset_name", str(tmp_path / "copies" / "data"))
+    assert contents(folder) == before
+
+
+def test_nothing_names_a_folder_of_this_machine(workspace, run, tmp_path):
+    folder = run("--teacher", str(workspace / "teacher"))
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(workspace).encode() not in path.read_bytes(), path
+        assert path.is_dir() or workspace.name.encode() not in path.read_bytes() or path.suffix == ".txt", path
+    content = json.loads((folder / "token_dataset.json").read_text())
+    assert content["images"]["dataset_name"] == "data" and content["tokenizer"]["name_or_path"] == "tokenizer"
+    source = TokenSource.from_token_dataset(str(folder), teacher=str(workspace / "teacher"))
+    assert source.tokenizer.codebook_size == 765 and source.teacher_hidden_size == 12
+
+
+def test_labels_and_splits_that_are_left_out(run, tmp_path):
+    data = tmp_path / "data"
+    write_pictures(data, "train/a/0.png", "train/b/1.png", "val/2.png", "val/3.png")
+    with pytest.raises(ValueError, match="split 'validation'.*--validation_split none"):
+        run("--dataset_name", str(data))
+    splits = datasets.load_dataset(str(run("--dataset_name", str(data), "--validation_split", "none")))
+    assert splits.keys() == {"train"} and list(splits["train"]["label"]) == [0, 1]
+    folder = run("--dataset_name", str(data), "--label_column", "none", output=tmp_path / "unlabelled")
+    assert TokenDatasetInfo.load(str(folder)).num_rows == {"train": 2, "validation": 2}
+    assert datasets.load_dataset(str(folder))["train"].column_names == ["indices"]
 
 
 @pytest.mark.parametrize(

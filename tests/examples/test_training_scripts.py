@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from transformers import ViTConfig, ViTModel
 from hf_ifsq import AutoencoderIFSQ, IFSQARPipeline, IFSQDiTPipeline
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
+from hf_ifsq.randomness import generators_at
 from hf_ifsq.training.arguments import parse_args
 from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint
 
@@ -58,6 +60,12 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 """
 
+# `accelerate launch --cpu` starts one process whatever `--num_processes` says.
+TWO_PROCESSES = {
+    "launcher": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "environment": {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": ""},
+}
+
 # Runs a script and kills it right after a step.
 KILLED = """
 import os, runpy, signal, sys
@@ -73,13 +81,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-# Runs a script with noise and times that depend on the image alone, for any number of processes.
-FIXED_NOISE = """
-import runpy, sys
-import torch
-drawn = torch.randn
-torch.randn_like = lambda latents: torch.sin(100 * latents + torch.arange(latents[0].numel()).view(latents[0].shape))
-torch.randn = lambda *size, **options: drawn(*size, **options) if "generator" in options else torch.full(size, 0.3)
+# Runs a script and kills it in its first validation, when its metrics are about to be logged.
+KILLED_IN_VALIDATION = """
+import os, runpy, signal, sys
+from hf_ifsq.training.run import TrainingRun
+log = TrainingRun.log
+def die_at_metrics_of_validation(self, metrics):
+    if any(name.startswith("validation") for name in metrics):
+        os.kill(os.getpid(), signal.SIGKILL)
+    log(self, metrics)
+TrainingRun.log = die_at_metrics_of_validation
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -138,6 +149,7 @@ class Workspace:
             command, env=environment, capture_output=True, text=True, cwd=self.root, timeout=timeout
         )
         assert result.returncode == returncode, result.stderr[-4000:]
+        return result
 
     def once(self, name, make):
         """Output folder of that name, filled by `make` on first use; if that failed, it is not tried again."""
@@ -386,7 +398,7 @@ def test_validation_of_the_dit_is_true(workspace):
     folder = workspace.trained("train_repa_dit")
     pipeline = IFSQDiTPipeline.from_pretrained(folder)
     pixel_values, labels = validation_batch(workspace)
-    generators = [torch.Generator().manual_seed(number) for number in range(14)]
+    generators = generators_at(0, range(14))
     noise = torch.stack([torch.randn(2, 4, 4, generator=generator) for generator in generators])
     t = torch.stack([torch.randn((), generator=generator) for generator in generators]).sigmoid()
     with torch.no_grad():
@@ -433,23 +445,38 @@ def test_killed_and_resumed_equals_uninterrupted(workspace, script):
     assert not all(torch.equal(raw.get(name, raw.get(f"model.{name}")), averaged[name]) for name in averaged)
 
 
+@pytest.mark.parametrize("script", ["train_tokenizer", "train_repa_dit"])
+def test_a_run_that_is_killed_in_a_validation_repeats_it(workspace, script, tmp_path):
+    """After the checkpoint of that step: the resumed run would not come to this validation."""
+    workspace.run(script, tmp_path / "out", launcher=("-c", KILLED_IN_VALIDATION), returncode=-signal.SIGKILL)
+    assert not any(
+        "validation_cknna" in entry or "validation_psnr_db" in entry for entry in read_log(tmp_path / "out")
+    )
+    workspace.run(script, tmp_path / "out", "--resume_from_checkpoint", "latest")
+    assert read_log(tmp_path / "out") == read_log(workspace.trained(script))
+
+
+def test_a_finished_run_that_is_resumed_logs_nothing_twice(workspace, tmp_path):
+    straight = workspace.trained("train_tokenizer")
+    shutil.copytree(straight, tmp_path / "out")
+    same = ["--checkpointing_steps", "12", "--resume_from_checkpoint", "checkpoint-10"]
+    workspace.run("train_tokenizer", tmp_path / "out", *same)
+    workspace.run("train_tokenizer", tmp_path / "out", *same[:-1], "latest")
+    assert read_log(tmp_path / "out") == read_log(straight)
+
+
 @pytest.fixture(scope="session", params=SCRIPTS[1:])
 def one_and_two_processes(request, workspace):
     """Output folders of a run with six images a pass, and of one with three images in each of two processes."""
-    same = ["--class_dropout_prob", "0", "--max_train_steps", "5", "--checkpointing_steps", "3"]
-    same += ["--validation_steps", "3"] + (["--dropout", "0"] if request.param == "train_repa_ar" else [])
-    wrapper = workspace.root / "fixed_noise.py"
-    wrapper.write_text(FIXED_NOISE)
-    # `accelerate launch --cpu` starts one process whatever `--num_processes` says.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(wrapper)]
+    same = ["--max_train_steps", "5", "--checkpointing_steps", "3", "--validation_steps", "3"]
+    # All that is random but the masks of dropout is that of an image: crops, noise, times, dropped classes.
+    same += ["--dropout", "0"] if request.param == "train_repa_ar" else []
 
     def two(output):
-        environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": ""}
-        arguments = [*same, "--train_batch_size", "3"]
-        workspace.run(request.param, output, *arguments, launcher=launcher, environment=environment)
+        workspace.run(request.param, output, *same, "--train_batch_size", "3", **TWO_PROCESSES)
 
     def one(output):
-        workspace.run(request.param, output, *same, "--train_batch_size", "6", launcher=[str(wrapper)])
+        workspace.run(request.param, output, *same, "--train_batch_size", "6")
 
     return workspace.once(f"{request.param}_one", one), workspace.once(f"{request.param}_two", two)
 
@@ -499,20 +526,63 @@ def test_arguments_of_tokenizers_out_of_range(monkeypatch, options, message):
         parse_args(module.TokenizerTrainingArguments, ["--dataset_name", "images", *options.split()])
 
 
-def test_two_processes_train_a_tokenizer_as_one(workspace, tmp_path):
-    # Smooth where training is not: a squared error instead of L1, levels so fine that rounding hardly matters, and
-    # steps of AdamW that are proportional to small gradients.
-    same = ["--max_train_steps", "4", "--discriminator_start_step", "2", "--reconstruction_loss", "l2", "--levels"]
-    same += ["100001", "100001", "--adam_epsilon", "0.1", "--gradient_accumulation_steps", "1"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": ""}
-    workspace.run("train_tokenizer", tmp_path / "one", *same, "--train_batch_size", "6")
-    workspace.run("train_tokenizer", tmp_path / "two", *same, launcher=launcher, environment=environment)
+@pytest.mark.parametrize(
+    "bottleneck",
+    [
+        "--levels 100001 100001",
+        "--levels 101 101 --bound normal --equal_bins --noise_prob 1",
+        "--bottleneck kl --latent_channels 2",
+    ],
+)
+def test_two_processes_train_a_tokenizer_as_one(workspace, tmp_path, bottleneck):
+    # Smooth where training is not: a squared error instead of L1, levels so fine that rounding hardly matters or none,
+    # and steps of AdamW that are proportional to small gradients.
+    same = (
+        "--resolution 16 --block_out_channels 32 32 32 --layers_per_block 1 --perceptual_weight 0 --logging_steps 1 "
+    )
+    same += "--discriminator_layers 2 --discriminator_start_step 2 --max_train_steps 4 --reconstruction_loss l2 "
+    same += f"--adam_epsilon 0.1 --use_ema --ema_decay 0.5 --num_validation_images 2 {bottleneck}"
+
+    def train(name, batch_size, launcher=(), environment=None):
+        command = [sys.executable, *launcher, str(EXAMPLES / "train_tokenizer.py"), *same.split()]
+        command += ["--dataset_name", str(workspace.data), "--output_dir", str(tmp_path / name)]
+        result = subprocess.run(
+            [*command, "--train_batch_size", batch_size],
+            env={**workspace.environment(), **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+
+    train("one", "6")
+    train("two", "3", **TWO_PROCESSES)
     logs = [read_log(tmp_path / name) for name in ("one", "two")]
     assert [sorted(entry) for entry in logs[0]] == [sorted(entry) for entry in logs[1]]
     assert any("adaptive_weight" in entry for entry in logs[0])
     for expected, entry in zip(*logs):
         assert entry == pytest.approx(expected, abs=2e-4)
+    factors = [json.loads((tmp_path / name / "config.json").read_text())["scaling_factor"] for name in ("one", "two")]
+    assert factors[0] == pytest.approx(factors[1], rel=1e-3)
+
+
+def test_another_number_of_processes_goes_on_alike(one_and_two_processes, workspace, tmp_path):
+    """One process is stopped after three steps of five, and two go on from there: data, noise, schedule, average."""
+    straight, resumed = one_and_two_processes[0], tmp_path / "resumed"
+    shutil.copytree(straight, resumed)
+    script = "train_repa_dit" if (straight / "scheduler").is_dir() else "train_repa_ar"
+    shutil.rmtree(resumed / "transformer")
+    same = ["--max_train_steps", "5", "--checkpointing_steps", "3", "--validation_steps", "3"]
+    same += ["--dropout", "0"] if script == "train_repa_ar" else []
+    same += ["--resume_from_checkpoint", "latest", "--train_batch_size", "3"]
+    result = workspace.run(script, resumed, *same, **TWO_PROCESSES)
+    assert "Changed since checkpoint-3" in result.stderr and "`num_processes` (1, now 2)" in result.stderr
+    for entry, expected in zip(read_log(resumed), read_log(straight), strict=True):
+        assert entry == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    files = [next(folder.glob("transformer/*.safetensors")) for folder in (straight, resumed)]
+    expected, weights = map(load_file, files)
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-4)
 
 
 def test_two_processes_validate_as_one(one_and_two_processes):
@@ -698,7 +768,7 @@ def test_depth_of_the_alignment(fails, script, name, depth):
 @pytest.mark.parametrize(
     "script, options, expected",
     [
-        ("train_repa_ar", "--size S --num_hidden_layers 1", {"hidden_size": 384, "num_attention_heads": 6}),
+        ("train_repa_ar", "--size S --num_hidden_layers 1", {"hidden_size": 384, "num_attention_heads": 12}),
         ("train_repa_ar", "--num_hidden_layers 1", {"hidden_size": 768, "num_attention_heads": 12}),
         (
             "train_repa_ar",
@@ -729,6 +799,83 @@ def test_size_of_the_other_generator(run_here, capsys, script, size):
     with pytest.raises(SystemExit):
         run_here(script, "--size", size)
     assert f"--size: invalid choice: '{size}'" in capsys.readouterr().err
+
+
+# --- after the last step, and before the first ---
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_fails_after_the_training_leaves_the_model_on_disk(run_here, tmp_path, monkeypatch, script):
+    def fail(**values):
+        raise RuntimeError("no card")
+
+    monkeypatch.setattr("hf_ifsq.training.model_card.make_model_card", fail)
+    with pytest.raises(RuntimeError, match="no card") as failure:
+        run_here(script, "--max_train_steps", "1")
+    assert f"its model is in {tmp_path / 'out'}" in failure.value.__notes__[0]
+    if script == "train_tokenizer":
+        AutoencoderIFSQ.from_pretrained(tmp_path / "out")
+    else:
+        (IFSQARPipeline if script == "train_repa_ar" else IFSQDiTPipeline).from_pretrained(tmp_path / "out")
+
+
+def test_a_tokenizer_whose_codes_are_all_equal_is_saved_all_the_same(run_here, tmp_path):
+    with pytest.raises(ValueError, match="All codes of the training images are equal.*`learning_rate`") as failure:
+        run_here("train_tokenizer", "--max_train_steps", "1", "--alpha", "1e-6")
+    assert f"its model is in {tmp_path / 'out'}" in failure.value.__notes__[0]
+    AutoencoderIFSQ.from_pretrained(tmp_path / "out")
+
+
+# One step that changes nothing: what comes out is what the training began with.
+STILL = ["--max_train_steps", "1", "--learning_rate", "1e-60", "--adam_weight_decay", "0", "--lr_warmup_steps", "0"]
+
+
+@pytest.mark.parametrize("subfolder", [False, True])
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_generators_begin_with_weights_and_other_classes(workspace, run_main, tmp_path, script, subfolder):
+    """Of a pipeline folder: the class table is new, and with it the names of the data; all else is as it was."""
+    trained = workspace.trained(script)
+    write_parquet(tmp_path / "data" / "train.parquet", 8, 0, [0, 1] * 4, ClassLabel(names=["dog", "eel"]))
+    dropout = ["--dropout", "0.2"] if script == "train_repa_ar" else []
+    arguments = [*PLAIN.split(), *STILL, *dropout, "--class_dropout_prob", "0.3", "--num_images_per_label", "1"]
+    arguments += ["--pretrained_model_name_or_path", str(trained), "--tokenizer", str(trained / "tokenizer")]
+    arguments += ["--subfolder", "transformer"] if subfolder else []
+    run_main(script, [*arguments, "--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])
+    before, after = (
+        load_file(next(folder.glob("transformer/*.safetensors"))) for folder in (trained, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    (table,) = changed
+    assert "class" in table and after[table].shape == (3, before[table].shape[1])
+    assert 0.01 < after[table].std() < 0.03
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert config["id2label"] == {"0": "dog", "1": "eel"} and config["num_classes"] == 2
+    for file in (tmp_path / "out").rglob("*.json"):
+        assert str(trained.parent) not in file.read_text(), file
+
+
+def test_a_tokenizer_begins_with_weights(workspace, run_main, tmp_path):
+    trained = workspace.trained("train_tokenizer")
+    arguments = [*PLAIN.split(), *STILL, "--dataset_name", str(workspace.data), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--pretrained_model_name_or_path", str(trained), "--perceptual_weight", "0"]
+    run_main("train_tokenizer", arguments)
+    before, after = (load_file(next(folder.glob("*.safetensors"))) for folder in (trained, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (trained, tmp_path / "out"))
+    assert before["scaling_factor"] == pytest.approx(after["scaling_factor"], rel=1e-5)
+    assert {**before, "scaling_factor": 0, "_name_or_path": ""} == {**after, "scaling_factor": 0, "_name_or_path": ""}
+
+
+@pytest.mark.parametrize(
+    "script, name, value",
+    [("train_tokenizer", "levels", "3"), ("train_repa_ar", "size", "B"), ("train_repa_dit", "num_layers", "2")],
+)
+def test_a_model_that_is_begun_with_has_its_own_sizes(workspace, run_main, tmp_path, script, name, value):
+    arguments = ["--dataset_name", str(workspace.data), "--output_dir", str(tmp_path / "out"), f"--{name}", value]
+    arguments += [] if script == "train_tokenizer" else ["--tokenizer", str(workspace.trained("train_tokenizer"))]
+    with pytest.raises(ValueError, match=f"`{name}` must be left out with `pretrained_model_name_or_path`.*{value}"):
+        run_main(script, [*arguments, "--pretrained_model_name_or_path", str(workspace.trained(script))])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -51,6 +51,20 @@ def test_recipe_and_command_line_that_overrides_it(write_recipe):
     assert parse_args(ScriptArguments, ["--config", recipe, "--levels", "7", "9", "11"]).levels == [7, 9, 11]
 
 
+def test_home_folder(write_recipe, monkeypatch, tmp_path):
+    """No shell puts it for the `~` in a recipe, nor after `=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_recipe(
+        "token_dataset: ~/tokens\noutput_dir: ~/result\ntokenizer: ~/tokenizer\nteacher: ~\nhub_model_id: a/b~\n"
+        "resume_from_checkpoint: ~/result/checkpoint-1\n"
+    )
+    args = parse_args(GeneratorArguments, ["--config=~/recipe.yaml", "--teacher=~/vit"])
+    assert (args.token_dataset, args.output_dir) == (f"{tmp_path}/tokens", f"{tmp_path}/result")
+    assert (args.tokenizer, args.teacher, args.hub_model_id) == (f"{tmp_path}/tokenizer", f"{tmp_path}/vit", "a/b~")
+    assert args.resume_from_checkpoint == f"{tmp_path}/result/checkpoint-1"
+    assert TrainingArguments(train_data_dir="~/photos").train_data_dir == f"{tmp_path}/photos"
+
+
 def test_arguments_of_the_process_by_default(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--train_data_dir", "photos", "--seed", "5"])
     args = parse_args(TrainingArguments)

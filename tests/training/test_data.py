@@ -1,11 +1,16 @@
+import functools
+import io
 import re
+import time
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
 from hf_ifsq.training.data import (
@@ -14,6 +19,7 @@ from hf_ifsq.training.data import (
     ResumableSampler,
     load_image_dataset,
     load_splits,
+    pick_split,
     read_class_names,
 )
 
@@ -362,3 +368,207 @@ def test_transparency_is_put_on_white():
     # A fifth of red (1, -1, -1) on white (1, 1, 1), to one of 256 steps.
     expected = torch.tensor([1.0, 0.6, 0.6]).view(3, 1, 1).expand(3, 16, 16)
     torch.testing.assert_close(data[0]["pixel_values"], expected, atol=1 / 127.5, rtol=0)
+
+
+# --- images that cannot be read ---
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@functools.cache
+def broken_images():
+    (image,) = pictures(1, 48, 64)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("comment", "x" * 3_000_000, zip=True)
+    return {
+        "truncated.jpg": encode(image, "JPEG")[:1500],
+        "truncated.png": encode(image)[:1500],
+        "empty.png": b"",
+        "page.png": b"<html>404</html>",
+        "text.png": encode(image, pnginfo=text),
+        "bomb.png": encode(Image.new("1", (20000, 20000))),
+    }
+
+
+@pytest.mark.parametrize("name", broken_images())
+@pytest.mark.parametrize("options", [{}, {"max_train_samples": 5, "seed": 0}])
+def test_broken_images_in_rows_are_named(tmp_path, name, options):
+    """By their row in the dataset, wherever it is among those that are drawn."""
+    images = [{"bytes": encode(pictures(1)[0]), "path": f"{row}.png"} for row in range(6)]
+    images[3] = {"bytes": broken_images()[name], "path": name}
+    make_dataset(images).to_parquet(tmp_path / "train.parquet")
+    data = make_data(load_image_dataset(str(tmp_path / "train.parquet"), **options)[0])
+    named = rf"Row 3 of `image_column` 'image' of the split 'train' \({name}\) cannot be read: \w+"
+    with pytest.raises(ValueError, match=named):
+        list(DataLoader(data, batch_size=2))
+    if name == "page.png":
+        with pytest.raises(ValueError, match=named):
+            list(DataLoader(data, batch_size=2, num_workers=1, sampler=ResumableSampler(len(data), 0, 0, len(data))))
+
+
+@pytest.mark.parametrize("wrong", ["page", "gone", "folder"])
+def test_broken_files_are_named(tmp_path, wrong):
+    for row, image in enumerate(pictures(4)):
+        path = tmp_path / "data" / "a" / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    train, _ = load_image_dataset(train_data_dir=str(tmp_path / "data"))
+    path.unlink()
+    if wrong == "page":
+        path.write_text("<html>404</html>")
+    elif wrong == "folder":
+        path.mkdir()
+    data = make_data(train)
+    assert len([data[index] for index in range(3)]) == 3
+    with pytest.raises(ValueError, match=rf"Row 3 of .*'train' \({re.escape(str(path))}\) cannot be read"):
+        data[3]
+
+
+def test_images_are_decoded_as_datasets_does():
+    """Turned as their EXIF says, and in the mode that the feature asks for."""
+    (image,) = pictures(1, 12, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = [encode(image, exif=exif), encode(image.convert("P")), encode(image.convert("LA")), encode(image, "WEBP")]
+    for feature in (datasets.Image(), datasets.Image(mode="L"), datasets.Image(decode=False)):
+        rows = Dataset.from_dict({"image": images}, features=Features({"image": feature}))
+        decoded = rows.cast_column("image", datasets.Image(mode=feature.mode))
+        data = make_data(rows, label_column=None)
+        for index in range(len(images)):
+            expected = ImageTransform(8)(decoded[index]["image"])
+            assert torch.equal(data[index]["pixel_values"], expected)
+
+
+def test_other_columns_are_not_read():
+    rows = make_dataset(pictures(2)).add_column(
+        "mask", [{"bytes": b"broken", "path": None}] * 2, feature=datasets.Image()
+    )
+    assert make_data(rows)[1].keys() == {"pixel_values", "class_labels"}
+
+
+def test_rows_with_a_transform_of_their_own():
+    images = pictures(3)
+    rows = make_dataset(images).with_transform(lambda batch: {"image": [image.rotate(90) for image in batch["image"]]})
+    data = make_data(rows, label_column=None)
+    assert torch.equal(data[1]["pixel_values"], to_pixels(images[1].rotate(90)))
+
+
+# --- tables of other programs ---
+
+
+@pytest.mark.parametrize("stored", ["bytes", "large bytes", "struct", "struct of bytes", "paths"])
+def test_images_without_their_feature(tmp_path, stored):
+    images = pictures(4)
+    contents = [encode(image) for image in images]
+    for row, content in enumerate(contents):
+        (tmp_path / f"{row}.png").write_bytes(content)
+    column = {
+        "bytes": pa.array(contents),
+        "large bytes": pa.array(contents, pa.large_binary()),
+        "struct": pa.array([{"bytes": content, "path": None} for content in contents]),
+        "struct of bytes": pa.array([{"bytes": content} for content in contents]),
+        "paths": pa.array([str(tmp_path / f"{row}.png") for row in range(4)]),
+    }[stored]
+    (tmp_path / "[a] b").mkdir()
+    file = tmp_path / "[a] b" / "train.parquet"
+    pq.write_table(pa.table({"image": column, "label": [0, 1, 0, 1]}), file)
+    train, _ = load_image_dataset(str(file))
+    data = make_data(train)
+    assert all(torch.equal(data[row]["pixel_values"], to_pixels(image)) for row, image in enumerate(images))
+
+
+@pytest.mark.parametrize(
+    "values, match",
+    [
+        (["a/0.png"], r"`image_column` 'image' must hold images.*'a/0\.png'.*cast_column\('image', Image\(\)\)"),
+        ([[[0, 255]]], "`image_column` 'image' must hold images.*List"),
+    ],
+)
+def test_columns_that_are_no_images(tmp_path, values, match):
+    file = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"image": values}), file)
+    with pytest.raises(ValueError, match=match):
+        load_image_dataset(str(file))
+
+
+def test_split_without_rows():
+    with pytest.raises(ValueError, match="`train_split` 'train' has no rows"):
+        pick_split({"train": make_dataset([])}, "train", "train_split")
+
+
+def test_files_and_paths_that_cannot_be_read(tmp_path):
+    (tmp_path / "x.csv").write_text("image\n")
+    with pytest.raises(ValueError, match="`dataset_name` .*x.csv' must be a parquet file"):
+        load_image_dataset(str(tmp_path / "x.csv"))
+    make_dataset(pictures(1)).to_parquet(tmp_path / "[a]" / "train.parquet")
+    with pytest.raises(ValueError, match=r"\[a\]' cannot be read: `datasets` takes brackets"):
+        load_image_dataset(str(tmp_path / "[a]"))
+
+
+# --- labels of two splits ---
+
+
+def save_splits(folder, **labels):
+    """Splits whose labels are given, of any type, or as names with their `ClassLabel`."""
+    splits = {}
+    for split, values in labels.items():
+        feature = None
+        if isinstance(values, tuple):
+            values, feature = values
+        images = {"image": [encode(image) for image in pictures(len(values))]}
+        rows = Dataset.from_dict(images, features=Features({"image": datasets.Image()}))
+        splits[split] = rows.add_column("label", values, feature=feature)
+    DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "train, validation, ids",
+    [
+        (["eel", "cat", "dog", "cat"], ["dog", "eel"], [1, 2]),
+        (["eel", "cat", "dog", "cat"], ([0, 1], ClassLabel(names=["dog", "eel"])), [1, 2]),
+        (([2, 0, 1, 0], ClassLabel(names=NAMES)), ["dog", "eel"], [1, 2]),
+        (([2, 0, 1, 0], ClassLabel(names=NAMES)), ([1, 0], ClassLabel(names=["eel", "dog"])), [1, 2]),
+        (([2, 0, 1, 0], ClassLabel(names=NAMES)), ([1, 2], ClassLabel(names=NAMES)), [1, 2]),
+    ],
+)
+def test_names_have_the_ids_of_training(tmp_path, train, validation, ids):
+    folder = save_splits(tmp_path / "data", train=train, test=validation)
+    for options, drawn in (({}, [2, 0, 1, 0]), ({"max_train_samples": 2, "seed": 3}, None)):
+        loaded, other = load_image_dataset(folder, label_column="label", **options)
+        assert read_class_names(loaded, "label", other) == dict(enumerate(NAMES))
+        assert list(other["label"]) == ids and make_data(other)[1]["class_labels"] == ids[1]
+        assert drawn is None or list(loaded["label"]) == drawn
+    assert load_image_dataset(folder)[0].features["label"] != other.features["label"] or isinstance(train, tuple)
+
+
+@pytest.mark.parametrize(
+    "train, validation, match",
+    [
+        (["cat", "dog"], ["cat", "fox"], r"'label' of the split 'test' has classes .*\['fox'\]"),
+        ([0, 1], [-1, -1], r"'label' of the split 'test' must hold labels in \[0, 2\).*\[-1, -1\].*keeps to itself"),
+        ([0, 1], [0.0, 1.0], r"'label' of the split 'test' must hold integers.*double.*class_encode_column"),
+        ([0, 1], [None, 1], r"'label' of the split 'test' must hold integers, got None in 1 rows, first in row 0"),
+    ],
+)
+def test_labels_of_validation_that_cannot_be_used(tmp_path, train, validation, match):
+    folder = save_splits(tmp_path / "data", train=train, test=validation)
+    with pytest.raises(ValueError, match=f"`label_column` {match}.*`--validation_split none` leaves"):
+        loaded, other = load_image_dataset(folder, label_column="label")
+        read_class_names(loaded, "label", other)
+    loaded, other = load_image_dataset(folder, label_column="label", validation_split="none")
+    assert other is None and len(read_class_names(loaded, "label")) == 2
+
+
+def test_labels_of_drawn_rows_are_read_at_once():
+    """In less than a second at the size of ImageNet; row by row it takes minutes."""
+    rows = labelled(np.arange(400_000) % 1000)
+    start = time.perf_counter()
+    for chosen in (rows, rows.shuffle(seed=0).select(range(300_000))):
+        assert len(read_class_names(chosen, "label", chosen)) == 1000
+    assert time.perf_counter() - start < 2
+    assert read_class_names(labelled([7, 1, 0]).select([2, 1]), "label") == {0: "0", 1: "1"}

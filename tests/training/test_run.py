@@ -1,5 +1,9 @@
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -15,6 +19,7 @@ from torch.utils.data import Dataset
 
 from hf_ifsq.training.arguments import TrainingArguments, values_for
 from hf_ifsq.training.model_card import make_model_card, without_local_paths
+from hf_ifsq.training.optimization import make_optimizer
 from hf_ifsq.training.run import TrainingRun
 
 
@@ -189,14 +194,14 @@ def test_a_diverged_run_leaves_no_checkpoint_of_broken_weights(start):
         assert torch.isfinite(Linear.from_pretrained(folder / "model").layer.weight).all(), folder.name
 
 
-def test_validation_is_due_regularly_and_at_the_end(start):
-    run = start(max_train_steps=8, validation_steps=3)
+def test_validation_is_due_regularly_but_neither_before_nor_after_the_training(start):
+    run = start(max_train_steps=9, validation_steps=3)
     begin(run)
-    due = []
-    for _ in range(8):
+    due = [run.validation_due]
+    for _ in range(9):
         run.end_step(learning_rate=0.1)
         due.append(run.validation_due)
-    assert [step for step, is_due in enumerate(due, start=1) if is_due] == [3, 6, 8]
+    assert [step for step, is_due in enumerate(due) if is_due] == [3, 6]
 
 
 # --- moving average ---
@@ -322,7 +327,7 @@ def test_missing_checkpoint(start, name):
 
 def test_moving_average_cannot_start_in_the_middle(start):
     train(start(checkpointing_steps=4, max_train_steps=4))
-    with pytest.raises(ValueError, match="`use_ema`.*checkpoint-4.*without a moving average"):
+    with pytest.raises(ValueError, match="`use_ema` is True.*checkpoint-4 has no moving average"):
         train(start(resume_from_checkpoint="latest", use_ema=True))
 
 
@@ -339,6 +344,161 @@ def test_resuming_a_finished_run_trains_no_further(start):
     run = start(resume_from_checkpoint="latest")
     _, weights = train(run)
     assert run.global_step == 12 and len(weights) == 1
+
+
+def test_two_runs_in_one_folder(start, tmp_path):
+    """The second is refused while the first is there, and not by what a killed one leaves."""
+    hold = f"""
+import pathlib, sys
+from hf_ifsq.training.output_folder import lock_folder
+with lock_folder(pathlib.Path({str(tmp_path / "out")!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=f"`output_dir` {tmp_path / 'out'} is in use by another run"):
+            start()
+        other.kill()
+        other.wait()
+        run = start(max_train_steps=1)
+        train(run)
+        run.finish("")
+    assert sorted(path.name for path in run.folder.iterdir()) == ["README.md", "training_log.jsonl"]
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(start, tmp_path):
+    for name in ("partial-checkpoint-4", "partial-result/transformer"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / ".tmpXYZ").touch()
+    run = start(max_train_steps=1)
+    train(run)
+    assert [path.name for path in run.folder.iterdir() if path.name.startswith("partial-")] == []
+
+
+def test_files_have_the_rights_of_new_files(start):
+    """Those of safetensors would be readable by their owner alone."""
+    before = os.umask(0o022)
+    try:
+        run = start(checkpointing_steps=1, max_train_steps=1)
+        train(run)
+        run.save(run.saved_model)
+    finally:
+        os.umask(before)
+    modes = {
+        str(path.relative_to(run.folder)): path.stat().st_mode & 0o777 for path in run.folder.rglob("*.safetensors")
+    }
+    assert len(modes) == 3 and set(modes.values()) == {0o644}, modes
+
+
+# --- what has changed since a checkpoint ---
+
+
+def scheduled(run, until=None, **options):
+    """Train for its learning rates and the settings of its optimizer after each step."""
+    torch.manual_seed(3)
+    model = Linear()
+    optimizer, schedule = make_optimizer(model.parameters(), run.num_steps, **options)
+    model, optimizer, schedule, loader = run.prepare(model, optimizer, schedule, run.dataloader(Numbers()))
+    rates = []
+    for batch in loader:
+        run.accelerator.backward(model(batch).mean())
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+        run.end_step(rates[-1])
+        if run.global_step == until:
+            break
+    return rates, optimizer.param_groups[0]
+
+
+def test_settings_of_the_optimizer_are_those_of_the_resumed_run(start):
+    scheduled(start(checkpointing_steps=4), until=4, learning_rate=1e-2, lr_scheduler="cosine")
+    new = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_weight_decay": 0.3, "adam_epsilon": 1e-5}
+    run = start(resume_from_checkpoint="latest")
+    rates, group = scheduled(run, learning_rate=1e-3, lr_scheduler="linear", lr_warmup_steps=2, **new)
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.9), 0.3, 1e-5)
+    # A line from step 2 to 0 at step 12.
+    assert rates == pytest.approx([1e-3 * (12 - step) / 10 for step in range(4, 12)])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_schedule_of_a_checkpoint_of_several_processes(start, processes):
+    """Accelerate counts a step of the schedule once for each process."""
+    scheduled(start(checkpointing_steps=4), until=4, lr_scheduler="cosine", learning_rate=1.0)
+    folder = start(resume_from_checkpoint="latest")._checkpoint
+    states = {"last_epoch": 4 * processes, "_step_count": 4 * processes + 1}
+    schedule = torch.load(folder / "scheduler.bin", weights_only=True)
+    torch.save({**schedule, **states}, folder / "scheduler.bin")
+    state = json.loads((folder / "training_state.json").read_text())
+    (folder / "training_state.json").write_text(json.dumps({**state, "num_processes": processes}))
+    run = start(resume_from_checkpoint="latest")
+    rates, _ = scheduled(run, lr_scheduler="cosine", learning_rate=1.0)
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 12)) for step in range(4, 12)])
+
+
+def test_changed_arguments_are_said(start, caplog):
+    train(start(checkpointing_steps=4, max_train_steps=4, learning_rate=0.05))
+    train(start(resume_from_checkpoint="latest", max_train_steps=6, checkpointing_steps=4, learning_rate=0.01))
+    (line,) = [record.getMessage() for record in caplog.records if "Changed since" in record.getMessage()]
+    assert "checkpoint-4" in line and "`learning_rate` (0.05, now 0.01)" in line
+    assert "`max_train_steps` (4, now 6)" in line and "resume_from_checkpoint" not in line and "seed" not in line
+
+
+def test_nothing_is_said_where_nothing_changed(start, caplog):
+    train(start(checkpointing_steps=4, max_train_steps=6), until=4)
+    train(start(resume_from_checkpoint="latest", checkpointing_steps=4, max_train_steps=6))
+    assert not any("Changed since" in record.getMessage() for record in caplog.records)
+
+
+class Scaled(Linear):
+    """The weights of any `factor` fit any other."""
+
+    @register_to_config
+    def __init__(self, factor: float = 1.0, noise_prob: float = 0.0):
+        super().__init__()
+
+
+def prepared(run, **config):
+    model = Scaled(**config)
+    run.dataloader(Numbers())
+    run.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_model_of_other_options_is_refused_though_its_weights_fit(start):
+    run = start(checkpointing_steps=1)
+    prepared(run, factor=1.0, noise_prob=0.5)
+    run.end_step(0.1)
+    # What is about training alone may change.
+    prepared(start(resume_from_checkpoint="latest"), factor=1.0, noise_prob=0.2)
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint`.*checkpoint-1 .*`factor` \(1.0, now 2.0\)"):
+        prepared(start(resume_from_checkpoint="latest"), factor=2.0, noise_prob=0.5)
+
+
+def test_a_moving_average_does_not_get_lost(start):
+    train(start(checkpointing_steps=4, max_train_steps=4, use_ema=True))
+    with pytest.raises(ValueError, match="`use_ema` is False.*checkpoint-4 has a moving average"):
+        train(start(resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "missing"])
+@pytest.mark.parametrize("name", ["random_states_0.pkl", "optimizer.bin", "model.safetensors", "training_state.json"])
+def test_a_damaged_checkpoint_is_named(start, name, damage):
+    train(start(checkpointing_steps=4, max_train_steps=4))
+    folder = start(resume_from_checkpoint="latest")._checkpoint
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage != "missing":
+        (folder / name).write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`.*checkpoint-4"):
+        train(start(resume_from_checkpoint="latest" if damage != "missing" else "checkpoint-4"))
+
+
+def test_accumulation_that_accelerate_is_configured_for(start, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    assert start().global_batch_size == 2 * 3
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps` is 2.*configured for 3"):
+        start(gradient_accumulation_steps=2)
 
 
 # --- log ---

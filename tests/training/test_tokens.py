@@ -19,7 +19,13 @@ import hf_ifsq
 from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import GeneratorArguments
-from hf_ifsq.training.tokens import TokenDataset, TokenDatasetInfo, fingerprint, load_token_dataset
+from hf_ifsq.training.tokens import (
+    TokenDataset,
+    TokenDatasetInfo,
+    fingerprint,
+    load_token_dataset,
+    remember_tokenizer,
+)
 from hf_ifsq.vision.vision_model import Teacher
 
 
@@ -488,6 +494,28 @@ def test_named_tokenizer_is_gone_or_was_trained_further(tmp_path, make_source):
         make_source()
 
 
+def test_a_local_tokenizer_is_found_again(tmp_path, make_source, monkeypatch):
+    """By its path from the tokens, from any working folder and after both were moved; the description has its name."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = tmp_path / "tokens" / "token_dataset.json"
+    content = json.loads(file.read_text())
+    content["tokenizer"]["name_or_path"] = "tokenizer"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="'tokenizer'.*cannot be loaded.*give `--tokenizer`"):
+        make_source()
+    monkeypatch.chdir(tmp_path)
+    remember_tokenizer("tokens", "tokenizer")
+    monkeypatch.chdir("/")
+    make_source()
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("tokens", "tokenizer"):
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    make_source(token_dataset=str(tmp_path / "elsewhere" / "tokens"))
+    (tmp_path / "elsewhere" / "tokenizer").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="'tokenizer'.*cannot be loaded.*give `--tokenizer`"):
+        make_source(token_dataset=str(tmp_path / "elsewhere" / "tokens"))
+
+
 def test_resolution(make_source):
     make_source(resolution=16)
     with pytest.raises(ValueError, match="`resolution` is 32, but `token_dataset` .* of images of 16 pixels"):
@@ -495,6 +523,7 @@ def test_resolution(make_source):
 
 
 def test_other_teachers(tmp_path, make_source):
+    assert make_source(teacher="/models/vit").teacher_hidden_size == 6
     with pytest.raises(ValueError, match="`teacher` is 'dino'.* features of 'vit'.*--teacher dino"):
         make_source(teacher="dino")
     with pytest.raises(ValueError, match="`teacher` features .* single codes.*`patch_size` is 2"):
@@ -509,7 +538,9 @@ def test_tokens_without_labels(tmp_path, make_source):
     info = TokenDatasetInfo.load(str(tmp_path / "tokens"))
     info = make_info({"train": 4}, {**info.tokenizer})
     folder = write(tmp_path / "unlabelled", info, {"train": {"indices": random_columns(4)["indices"]}})
-    with pytest.raises(ValueError, match=r"`label_column` 'label' is none of the columns \['indices'\]"):
+    with pytest.raises(
+        ValueError, match=r"`label_column` 'label' is none of the columns of the split 'train' \['indices'\]"
+    ):
         make_source(token_dataset=folder)
 
 

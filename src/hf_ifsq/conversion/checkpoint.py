@@ -1,18 +1,37 @@
-"""Official checkpoint files: reading them, telling their format, choosing and loading their weights."""
+"""The content of official checkpoint files: telling their format, choosing and loading their weights."""
 
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .reading import has_tensors, is_table
+
+
+# Entries that hold tensors, but none of the model.
+TRAINING_STATE = (
+    r"(\w+_)?(opt|optim|optimizers?|schedulers?|scaler|rng|random)(_(states?|gen|disc|[dg]|\d+))*|sampler_states?"
+)
+
+# What else comes as such a file: names, of weights or of entries, that tell it.
+LOOKALIKES = {
+    "a text-conditional model of LlamaGen, of which class-conditional ones alone convert": (
+        "cls_embedding.cap_proj.fc1.weight",
+    ),
+    "the state of an optimizer, beside which LlamaGen writes the weights as `consolidated.pth`": ("param_groups",),
+    "an autoencoder such as that of VQGAN, latent diffusion, VA-VAE or VAR": ("encoder.mid.block_1.conv1.weight",),
+    "a tokenizer of the iFSQ repository without scalar quantization": ("encoder.mid_block.0.conv1.weight",),
+    "the generator model of VAR": ("pos_1LC", "lvl_embed.weight"),
+    "a model that needs no conversion, but `from_pretrained`": ("encoder.mid_block.resnets.0.conv1.weight",),
+    "an AR model that needs no conversion, but `from_pretrained`": ("model.embed_classes.weight",),
+    "a diffusion transformer that needs no conversion, but `from_pretrained`": ("time_embed.linear_1.weight",),
+}
 
 # Patterns and their replacements, applied one after the other to our name of a weight to get the official one.
 Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
@@ -48,64 +67,39 @@ class CheckpointFormat:
     # Takes the weights, the config, and the `options` as keyword arguments.
     convert: Callable[..., ModelMixin | PreTrainedModel]
     options: tuple[str, ...] = ()
-    raw_entry: str = "model"
+    # The first is that of the official trainer, and the others are what the official samplers read as well.
+    raw_entries: tuple[str, ...] = ("model", "module", "state_dict")
     ema_entry: str = "ema"
     # Sets of weights to take if none is asked for: the first that the file has.
     default_weights: tuple[str, ...] = ("ema", "raw")
-    # What else a file may hold. The model needs nothing of it but `config`, if it is there.
+    # What else the official trainer writes. The model needs nothing of it but `config` and `args`, if they are there.
     other_entries: tuple[str, ...] = ()
     # Names of the config where it is a file beside the checkpoint, which must be there.
     config_files: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """
-    Entries of a file of `torch.save` or safetensors, or the tensors of a bare set of weights; `outer.inner` where an
-    entry is a dictionary of sets of weights. No code of the file is run, and tensors stay on disk until used.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"`checkpoint` must be a file, but there is none at {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            # Files of the time before torch 1.6 are not zip archives and cannot be mapped into memory.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # On a damaged file, the unpickler fails in any way.
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        if culprit is None:
-            raise ValueError(f"`checkpoint` {path} is damaged, or no file of `torch.save` or safetensors.") from error
-        # Not chained: the message of torch advises to run the code of the file.
-        raise ValueError(
-            f"`checkpoint` {path} must hold tensors, numbers, text, lists and dictionaries alone, but it holds "
-            f"{culprit[1]}, and reading other objects can run code. If you trust the file, load it yourself and save "
-            "it again without them."
-        ) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"`checkpoint` {path} must hold a dictionary, got {type(content).__name__}.")
-    entries: dict[str, Any] = {}
-    for outer, entry in content.items():
-        if isinstance(entry, dict) and any(map(_is_table, entry.values())):
-            entries.update({f"{outer}.{inner}": value for inner, value in entry.items()})
-        else:
-            entries[outer] = entry
-    return entries
-
-
 def recognize_format(path: Path, entries: dict[str, Any], formats: Iterable[CheckpointFormat]) -> CheckpointFormat:
     """The format of a file, by the names of its weights."""
+    tables = (
+        {"": entries} if is_table(entries) else {name: entry for name, entry in entries.items() if is_table(entry)}
+    )
+    names = {entry: set(map(_without_prefix, table)) for entry, table in tables.items()}
     for known in formats:
-        for table in (entries, entries.get(known.raw_entry), entries.get(known.ema_entry)):
-            if _is_table(table) and set(known.telltales) <= set(_without_prefixes(table)):
+        for entry in ("", *known.raw_entries, known.ema_entry):
+            if names.get(entry, set()).issuperset(known.telltales):
                 return known
+    everything = set(entries).union(*names.values())
+    looks = [description for description, telltales in LOOKALIKES.items() if everything.issuperset(telltales)]
     listing = "\n".join(
-        f"- {known.name}: weights {list(known.telltales)} under `{known.raw_entry}` or `{known.ema_entry}`, or alone"
+        f"- {known.name}: weights {list(known.telltales)} under `{known.raw_entries[0]}` or `{known.ema_entry}`, or "
+        "alone"
         for known in formats
     )
-    first_weights = {name: list(table)[:3] for name, table in entries.items() if _is_table(table)}
+    first_weights = {entry: list(table)[:3] for entry, table in tables.items() if entry}
     raise ValueError(
-        f"`checkpoint` {path} is of no known format. Known are\n{listing}\nThe file has {len(entries)} entries: "
-        f"{list(entries)[:10]}" + (f", and in them weights such as {first_weights}." if first_weights else ".")
+        f"`checkpoint` {path} is of no known format{f', and looks like {looks[0]}' if looks else ''}. Known are\n"
+        f"{listing}\nThe file has {len(entries)} entries: {list(entries)[:10]}"
+        + (f", and in them weights such as {first_weights}." if first_weights else ".")
     )
 
 
@@ -115,29 +109,49 @@ def select_weights(
     """A set of weights of a file, and the entry that it is from: `None` if the file is a bare set of weights."""
     if weights not in (None, "ema", "raw"):
         raise ValueError(f"`weights` must be 'ema' or 'raw', got {weights!r}.")
-    if _is_table(entries):
+    if is_table(entries):
         if weights is not None:
             raise ValueError(
                 f"`weights` must be left out for {path}: it holds one set of weights and does not say which, got "
                 f"{weights!r}."
             )
         return Weights(_without_prefixes(entries), source.model_class), None
-    names = {"ema": source.ema_entry, "raw": source.raw_entry}
+    raw_entry = next((name for name in source.raw_entries if name in entries), source.raw_entries[0])
+    names = {"ema": source.ema_entry, "raw": raw_entry}
     known = sorted((*names.values(), *source.other_entries))
-    unknown = [name for name in entries if name not in known]
+    unknown = [
+        name
+        for name, entry in entries.items()
+        if name not in names.values() and not _is_training_state(name, source.other_entries) and has_tensors(entry)
+    ]
     if unknown:
         raise ValueError(f"`checkpoint` {path} has entries {unknown}; those of {source.name} are {known}.")
+    if weights is None and is_table(entries.get(names["ema"])) and config_value(entries, "args.ema") is False:
+        raise ValueError(
+            f"`weights` must be given for {path}, got None: it has weights under `{names['ema']}`, but by its `args` "
+            "it was trained without averaging."
+        )
     choices = source.default_weights if weights is None else (weights,)
     for name in (names[choice] for choice in choices):
         table = entries.get(name)
-        # Training without a moving average may write an empty one.
-        if _is_table(table):
+        if is_table(table):
             return Weights(_without_prefixes(table), source.model_class), name
+        # Training without a moving average may write an empty one.
+        if has_tensors(table):
+            raise ValueError(f"`checkpoint` {path} must have weights by their names under `{name}`, got others.")
     other = "raw" if "ema" in choices else "ema"
     raise ValueError(
         f"`checkpoint` {path} has no weights under `{names[choices[0]]}`: ask for those under `{names[other]}` by "
         f"`weights` {other!r}."
     )
+
+
+def config_value(config: Mapping[str, Any], path: str) -> Any:
+    """A value in dictionaries of dictionaries, by its keys with dots between them; `None` where there is none."""
+    value: Any = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: Rules, dropped: str = "") -> None:
@@ -170,14 +184,19 @@ def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: R
     model.load_state_dict(state, assign=True)
 
 
-def _is_table(entry: object) -> TypeGuard[dict[str, torch.Tensor]]:
-    items = entry.items() if isinstance(entry, dict) else ()
-    return bool(items) and all(isinstance(name, str) and torch.is_tensor(value) for name, value in items)
+def _is_training_state(name: object, other_entries: Sequence[str]) -> bool:
+    """Whether an entry, or the one that it is in, is among those that a trainer keeps for itself."""
+    outer = str(name).split(".")[0]
+    return name in other_entries or outer in other_entries or re.fullmatch(TRAINING_STATE, outer) is not None
+
+
+def _without_prefix(name: str) -> str:
+    """A name without `_orig_mod.`, which compiled modules add anywhere, and `module.`, which wrappers add in front."""
+    return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def _without_prefixes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names without `_orig_mod.`, which compiled modules add anywhere, and `module.`, which wrappers add in front."""
-    result = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): weights[name] for name in weights}
+    result = {_without_prefix(name): weight for name, weight in weights.items()}
     if len(result) < len(weights):
         raise ValueError("`checkpoint` holds weights whose names differ in `module.` or `_orig_mod.` alone.")
     return result

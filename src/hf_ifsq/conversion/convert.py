@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
 from ..pipelines.pipeline_ifsq_ar import IFSQARPipeline
 from ..pipelines.pipeline_ifsq_dit import IFSQDiTPipeline
 from ..training.repa import RepresentationAlignment
-from .checkpoint import CheckpointFormat, read_checkpoint, recognize_format, select_weights
+from .checkpoint import CheckpointFormat, recognize_format, select_weights
 from .generators import IFSQ_DIT, LLAMAGEN_AR, convert_projectors
+from .reading import read_checkpoint
 from .tokenizers import IFSQ_TOKENIZER, LLAMAGEN_VQ
 
 
@@ -57,7 +59,8 @@ def convert_checkpoint(
             average, or the only weights of a format that may come without one.
         num_attention_heads (`int`, *optional*): heads of an AR model; needed if its sizes are none of LlamaGen's.
         grid_size (`int` or `tuple[int, int]`, *optional*):
-            rows and columns of the tokens of an AR model; needed if the file does not tell them, as LlamaGen's do not.
+            rows and columns of the tokens of an AR model; needed if the file does not tell them, as the published ones
+            of LlamaGen do not.
 
     Returns:
         [`Conversion`]: the `model`, float32 and in evaluation mode; what the file holds (`format_name`); its `entry`
@@ -75,7 +78,7 @@ def convert_checkpoint(
     assemble_pipeline(model, "llamagen-vq-16").save_pretrained("llamagen-b")
     ```
     """
-    path = Path(checkpoint)
+    path = Path(os.path.expanduser(checkpoint))
     entries = read_checkpoint(path)
     source = recognize_format(path, entries, FORMATS)
     selected, entry = select_weights(path, entries, source, weights)
@@ -93,6 +96,8 @@ def convert_checkpoint(
             raise ValueError(
                 f"`checkpoint` {path} must have a dictionary under `config`, got {type(values).__name__}."
             )
+        # iFSQ's trainers write a config, LlamaGen's their arguments.
+        values = {**values, "args": entries.get("args")}
     logger.info(f"Converting {path}, {source.name}, weights {'alone' if entry is None else f'under `{entry}`'}.")
     model = source.convert(selected, values, **{name: options[name] for name in source.options})
     return Conversion(model.eval(), source.name, entry, convert_projectors(selected))
@@ -101,7 +106,7 @@ def convert_checkpoint(
 def _read_config(checkpoint: Path, config: str | Path | None, source: CheckpointFormat) -> dict[str, Any]:
     """The config of a format that has it in a file: the given one or, under its usual names, beside the checkpoint."""
     beside = [checkpoint.with_name(name) for name in source.config_files]
-    paths = [path for path in beside if path.is_file()] if config is None else [Path(config)]
+    paths = [path for path in beside if path.is_file()] if config is None else [Path(os.path.expanduser(config))]
     if not paths:
         raise ValueError(
             f"`config` must be the JSON file that {source.name} was trained with: neither "
@@ -145,8 +150,14 @@ def assemble_pipeline(
             changes["scaling_factor"] = model.config["scaling_factor"]
     else:
         raise ValueError(f"`tokenizer` must be left out for {type(model).__name__}, which is not a generator model.")
+    tokenizer = os.path.expanduser(tokenizer)
     # Twice: how many pixels a cell has is known of a loaded tokenizer, and what is made of its config when it loads.
-    loaded = load_image_tokenizer(tokenizer)
+    try:
+        loaded = load_image_tokenizer(tokenizer)
+    except OSError as error:
+        raise ValueError(
+            f"`tokenizer` must be the folder or the name on the Hub of a tokenizer, but {tokenizer!r} does not load."
+        ) from error
     rows, columns = (cells * loaded.downsampling_factor for cells in grid_size)
     changes["sample_size"] = rows if rows == columns else (rows, columns)
     for name, value in changes.items():

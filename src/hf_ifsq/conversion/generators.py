@@ -1,6 +1,7 @@
 """The AR models of LlamaGen and iFSQ, and iFSQ's diffusion transformer, into the generator models of this package."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -17,17 +18,28 @@ from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
 from ..models.rotary import rotary_table_2d
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
 from ..training.repa import RepresentationAlignment
-from .checkpoint import CheckpointFormat, Rules, Weights, load_exactly
+from .checkpoint import CheckpointFormat, Rules, Weights, config_value, load_exactly
 
+
+logger = logging.getLogger(__name__)
 
 # Names of weights that are not part of a generator model, see `convert_projectors`.
 PROJECTORS = r"projectors\.\d+\..*"
+# What an AR model has for sampling alone.
+CACHES = r"causal_mask|.*\.kv_cache\.[kv]_cache"
+
+# Layers, width and heads of all official models, by their official names less `GPT-` or `LlamaGen-`.
+OFFICIAL_SIZES = {**SIZES, "XXXL": (48, 2560, 40), "1B": (22, 2048, 32), "7B": (32, 4096, 32)}
 
 
-def config_value(config: dict[str, Any], section: str, name: str) -> Any:
-    """An entry of a section of the config in an official file; `None` where there is none."""
-    values = config.get(section)
-    return values.get(name) if isinstance(values, dict) else None
+def config_size(config: dict[str, Any], *paths: str) -> int | None:
+    """A positive integer that the file tells under the first of some paths that it has; `None` where there is none."""
+    told = {path: value for path in paths if (value := config_value(config, path)) is not None}
+    for path, value in told.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"`checkpoint` must tell a positive integer as `{path}`, got {value!r}.")
+        return value
+    return None
 
 
 def class_names(num_classes: int) -> dict[int, str] | None:
@@ -43,17 +55,60 @@ def class_names(num_classes: int) -> dict[int, str] | None:
 
 
 def count_classes(weights: Weights, table: str, config: dict[str, Any]) -> int:
-    """Number of classes, by the config or else by their table, whose last row is then that of the null class."""
+    """Number of classes, by the file or else by their table, whose last row is then that of the null class."""
     rows = weights.size(table, 0)
-    num_classes = config_value(config, "data", "num_classes")
+    num_classes = config_size(config, "data.num_classes", "args.num_classes")
     if num_classes is None:
         return rows - 1
     if rows - num_classes not in (0, 1):
+        if config_value(config, "data.num_classes") is None:
+            logger.warning(f"`args.num_classes` of `checkpoint` is {num_classes}, but `{table}` has {rows} rows.")
+            return rows - 1
         raise ValueError(
             f"`checkpoint` was trained with {num_classes} classes by the entry `data.num_classes` of its config, but "
             f"its table `{table}` has {rows} rows."
         )
     return num_classes
+
+
+def choose_grid(config: dict[str, Any], grid_size: int | Sequence[int] | None) -> list[int]:
+    """Rows and columns of the tokens, by what the file tells and by what is asked for."""
+    pixels = config_size(config, "data.image_size", "args.image_size")
+    ratios = [f"{tokenizer}.downsample_ratio" for tokenizer in ("cusvq", "vqvae", "fsq")]
+    pixels_per_token = config_size(config, *ratios, "args.downsample_size")
+    told = [pixels // pixels_per_token] * 2 if pixels and pixels_per_token else None
+    if grid_size is None:
+        if told is None:
+            raise ValueError(
+                "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
+                "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
+            )
+        return told
+    asked = list(as_grid(grid_size, "grid_size"))
+    if told in (None, asked):
+        return asked
+    training = f"on {pixels} x {pixels} pixels with {pixels_per_token} x {pixels_per_token} per token"
+    if config_value(config, "data.image_size") is not None:
+        raise ValueError(
+            f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained {training}, got "
+            f"{asked}."
+        )
+    # What LlamaGen trains on are tokens in a folder, which its arguments need not fit.
+    logger.warning(f"`grid_size` {asked} is taken, though by its `args` `checkpoint` was trained {training}: {told}.")
+    return asked
+
+
+def check_tables(weights: Weights, tables: dict[str, torch.Tensor], grid_size: Sequence[int]) -> None:
+    """Raise a `ValueError` if tables of positions are not those that our model computes for a grid."""
+    rows, columns = grid_size
+    for name, table in tables.items():
+        # Wide enough for tables in bfloat16.
+        if weights[name].shape != table.shape or not torch.allclose(weights[name].float(), table, atol=1e-2):
+            raise ValueError(
+                f"`checkpoint` has positions under `{name}` of shape {tuple(weights[name].shape)} that are not those "
+                f"of a {'square ' if rows == columns else ''}grid of {rows} x {columns} patches, which "
+                f"{weights.model_class.__name__} computes."
+            )
 
 
 AR_RULES: Rules = (
@@ -83,31 +138,18 @@ def convert_llamagen_ar(
     num_classes = count_classes(weights, table, config)
     # The weights are the same whatever the heads; a named size of LlamaGen tells them.
     if num_attention_heads is None:
-        named = {(layers, width): heads for layers, width, heads in SIZES.values()}
+        named = {(layers, width): heads for layers, width, heads in OFFICIAL_SIZES.values()}
         if (num_layers, hidden_size) not in named:
             raise ValueError(
                 f"`num_attention_heads` must be given: the weights do not tell it, and no named size has {num_layers} "
-                f"layers of width {hidden_size}. Layers, width and heads of these are {SIZES}."
+                f"layers of width {hidden_size}. Layers, width and heads of these are {OFFICIAL_SIZES}."
             )
         num_attention_heads = named[num_layers, hidden_size]
     if num_attention_heads < 1:
         raise ValueError(f"`num_attention_heads` must be at least 1, got {num_attention_heads}.")
-    if grid_size is not None:
-        grid_size = list(as_grid(grid_size, "grid_size"))
-    # The config of iFSQ's files tells the grid.
-    pixels = config_value(config, "data", "image_size")
-    pixels_per_token = config_value(config, "fsq", "downsample_ratio")
-    told = [pixels // pixels_per_token] * 2 if pixels and pixels_per_token else grid_size
-    if told is None:
-        raise ValueError(
-            "`grid_size` must be given, since the file does not tell it: rows and columns of the tokens, (16, 16) "
-            "for images of 256 x 256 pixels and (24, 24) for 384 x 384, where a token is 16 x 16 pixels."
-        )
-    if grid_size not in (None, told):
-        raise ValueError(
-            f"`grid_size` must be {told} or left out, since by its config `checkpoint` was trained on {pixels} x "
-            f"{pixels} pixels with {pixels_per_token} x {pixels_per_token} per token, got {grid_size}."
-        )
+    # Positions before the first token, of which more than one would move the grid's.
+    if config_size(config, "args.cls_token_num", "model.cls_token_num") not in (None, 1):
+        raise ValueError("`checkpoint` must have been trained with `cls_token_num` 1 for IFSQARForImageGeneration.")
     # Heads are numbered only if there are several.
     num_factors = weights.count(r"output\.(\d+)\.")
     embeddings = [f"{factor}_emb.weight" for factor in range(num_factors)] or ["tok_embeddings.weight"]
@@ -115,7 +157,7 @@ def convert_llamagen_ar(
         model_config = IFSQARConfig(
             vocab_sizes=[weights.size(name, 0) for name in embeddings],
             num_classes=num_classes,
-            grid_size=told,
+            grid_size=choose_grid(config, grid_size),
             hidden_size=hidden_size,
             intermediate_size=weights.size("layers.0.feed_forward.w1.weight", 0),
             num_hidden_layers=num_layers,
@@ -128,7 +170,14 @@ def convert_llamagen_ar(
         raise ValueError(str(error.__cause__ or error)) from error
     with init_empty_weights():
         model = IFSQARForImageGeneration(model_config)
-    load_exactly(model, weights, (*AR_RULES, *(SEVERAL_FACTORS if num_factors else ONE_FACTOR)), PROJECTORS)
+    rules = (*AR_RULES, *(SEVERAL_FACTORS if num_factors else ONE_FACTOR))
+    load_exactly(model, weights, rules, dropped=f"{PROJECTORS}|{CACHES}|freqs_cis")
+    if "freqs_cis" in weights:
+        grid = as_grid(model_config.grid_size)
+        cos, sin = rotary_table_2d(grid, hidden_size // num_attention_heads)
+        cells = torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1)
+        # The first position is that of the class.
+        check_tables(weights, {"freqs_cis": torch.cat([torch.zeros_like(cells[:1]), cells])}, grid)
     return model
 
 
@@ -160,29 +209,33 @@ GELU: Rules = ((r"ff\.proj_in", "mlp.fc1"), (r"ff\.proj_out", "mlp.fc2"))
 
 # What the model's output means, or its input, is not to be seen in the weights.
 ONLY = {
-    ("transport", "path_type"): "Linear",
-    ("transport", "prediction"): "velocity",
+    "scheduler.diffusion": False,
+    "transport.path_type": "Linear",
+    "transport.prediction": "velocity",
     # Latents less their mean over their deviation are not codes times a factor.
-    ("data", "latent_norm"): False,
+    "data.latent_norm": False,
 }
 
 
 def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransformer2DModel:
     """Convert iFSQ's `DiT`: sizes and options are read from its weights, its `scaling_factor` from the config."""
-    for (section, name), value in ONLY.items():
-        told = config_value(config, section, name)
+    for name, value in ONLY.items():
+        told = config_value(config, name)
         if told not in (None, value):
             raise ValueError(
-                f"`checkpoint` must have been trained with `{section}.{name}` {value!r} for "
+                f"`checkpoint` must have been trained with `{name}` {value!r} for "
                 f"IFSQDiTTransformer2DModel, but its config has {told!r}."
             )
+    scaling_factor = config_value(config, "data.latent_multiplier")
+    if type(scaling_factor) not in (type(None), int, float):
+        raise ValueError(f"`checkpoint` must tell a number as `data.latent_multiplier`, got {scaling_factor!r}.")
     stem = "x_embedder.proj.weight"
     num_classes = count_classes(weights, "y_embedder.embedding_table.weight", config)
     hidden_size, patch_size = weights.size(stem, 0), weights.size(stem, 3)
     if "feat_rope.freqs_cos" not in weights:
         raise ValueError(
             "`checkpoint` must have rotary positions, which IFSQDiTTransformer2DModel always has, but there is no "
-            "`feat_rope.freqs_cos`: it was trained without, or is another diffusion transformer."
+            "`feat_rope.freqs_cos`: it was trained without, or is another diffusion transformer, such as DiT or SiT."
         )
     # Rotary positions are those of one head.
     head_dim = weights.size("feat_rope.freqs_cos", 1)
@@ -204,7 +257,7 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransfo
             qk_norm=qk_norm,
             activation_fn="swiglu" if swiglu else "gelu-approximate",
             id2label=class_names(num_classes),
-            scaling_factor=config_value(config, "data", "latent_multiplier"),
+            scaling_factor=scaling_factor,
         )
     # Our model computes these tables, but another size or base would show in them.
     cos, sin = rotary_table_2d((patches, patches), head_dim)
@@ -212,13 +265,7 @@ def convert_ifsq_dit(weights: Weights, config: dict[str, Any]) -> IFSQDiTTransfo
     positions = {"pos_embed": fixed[None], "feat_rope.freqs_cos": cos, "feat_rope.freqs_sin": sin}
     rules = (*DIT_RULES, *(SWIGLU if swiglu else GELU))
     load_exactly(model, weights, rules, dropped="|".join([PROJECTORS, *map(re.escape, positions)]))
-    for name, table in positions.items():
-        # Wide enough for tables in bfloat16.
-        if weights[name].shape != table.shape or not torch.allclose(weights[name].float(), table, atol=1e-2):
-            raise ValueError(
-                f"`checkpoint` has positions under `{name}` of shape {tuple(weights[name].shape)} that are not those "
-                f"of a square grid of {patches} x {patches} patches, which IFSQDiTTransformer2DModel computes."
-            )
+    check_tables(weights, positions, (patches, patches))
     return model
 
 

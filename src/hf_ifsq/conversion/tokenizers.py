@@ -169,7 +169,7 @@ IFSQ_TOKENIZER = CheckpointFormat(
     telltales=("encoder.down.0.block.0.conv1.weight", "quantize.running_mean"),
     model_class=AutoencoderIFSQ,
     convert=convert_ifsq_tokenizer,
-    raw_entry="state_dict.gen_model",
+    raw_entries=("state_dict.gen_model", "state_dict"),
     ema_entry="ema_state_dict",
     # An empty average is an error: raw weights are only taken where asked for.
     default_weights=("ema",),
@@ -224,5 +224,5 @@ LLAMAGEN_VQ = CheckpointFormat(
     telltales=("encoder.conv_blocks.0.res.0.conv1.weight", "quantize.embedding.weight"),
     model_class=VQModel,
     convert=convert_llamagen_vq,
-    other_entries=("optimizer", "discriminator", "optimizer_disc", "steps"),
+    other_entries=("optimizer", "discriminator", "optimizer_disc", "steps", "args"),
 )

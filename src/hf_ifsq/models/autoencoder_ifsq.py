@@ -223,13 +223,14 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         return self.decode(self.quantizer.indices_to_codes(indices, dtype=self.dtype), return_dict=return_dict)
 
     def forward(
-        self, pixel_values: torch.Tensor, return_dict: bool = True
+        self, pixel_values: torch.Tensor, return_dict: bool = True, uniforms: torch.Tensor | None = None
     ) -> AutoencoderIFSQOutput | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Encode and decode images, as `encode` takes them, into `sample`, `codes` and `indices`; gradients pass straight
-        through the rounding. No value is read back from the device: what is not finite comes out as it is.
+        through the rounding, and `uniforms` go to the [`FiniteScalarQuantizer`]. No value is read back from the
+        device: what is not finite comes out as it is.
         """  # noqa: D205
-        codes, indices = self.quantizer(self._encode(pixel_values))
+        codes, indices = self.quantizer(self._encode(pixel_values), uniforms)
         sample = self._decode(codes)
         if not return_dict:
             return sample, codes, indices

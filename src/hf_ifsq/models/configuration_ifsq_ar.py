@@ -24,7 +24,7 @@ from .grid import as_grid
 
 # Layers, width and attention heads of the models of LlamaGen and of iFSQ (S).
 SIZES = {
-    "S": (12, 384, 6),
+    "S": (12, 384, 12),
     "B": (12, 768, 12),
     "L": (24, 1024, 16),
     "XL": (36, 1280, 20),

@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
+from ..randomness import draw
 from .autoencoder_ifsq import AutoencoderIFSQ, check_pixel_values
 from .grid import token_grid
 from .loading import check_loading_info
@@ -53,20 +54,28 @@ class ImageTokenizer(nn.Module, ABC):
         self.grid_size = token_grid(model.config.sample_size, self.downsampling_factor)
 
     @abstractmethod
-    def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+    def encode_codes(
+        self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """
-        Codes of images `(batch, in_channels, height, width)` in [-1, 1]. With `sample_posterior`, those of an
+        Codes of images `(batch, in_channels, height, width)` in [-1, 1]. With `generators`, one an image, those of an
         `AutoencoderKL` are drawn from their distribution instead of being its mode.
         """  # noqa: D205
 
     @abstractmethod
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Encode and decode images `(batch, in_channels, height, width)` in [-1, 1] for training; no value is read back
-        from the device. Gives the reconstruction and the loss of the bottleneck itself, a scalar: the commitment loss
-        of a `VQModel`, the divergence from a standard normal distribution of an `AutoencoderKL` in nats per value of
-        the image, 0 for an `AutoencoderIFSQ`.
+        Encode and decode images `(batch, in_channels, height, width)` in [-1, 1] for training, by what `draw_noise`
+        gives or else by the global random state; no value is read back from the device. Gives the reconstruction and
+        the loss of the bottleneck itself, a scalar: the commitment loss of a `VQModel`, the divergence from a standard
+        normal distribution of an `AutoencoderKL` in nats per value of the image, 0 for an `AutoencoderIFSQ`.
         """
+
+    def draw_noise(self, generators: Sequence[torch.Generator]) -> torch.Tensor | None:
+        """What is random in `forward` for images of the model's `sample_size`, drawn by the generator of each."""
+        return None
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Token ids `(batch, rows, columns)`, int64, of images `(batch, in_channels, height, width)` in [-1, 1]."""
@@ -140,7 +149,9 @@ class _IFSQTokenizer(ImageTokenizer):
         self.levels, self.equal_bins = model.quantizer.levels, model.quantizer.equal_bins
         self.latent_channels = len(self.levels)
 
-    def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+    def encode_codes(
+        self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         return self.model.encode(pixel_values).codes
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -152,9 +163,16 @@ class _IFSQTokenizer(ImageTokenizer):
     def _nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
         return self.model.quantizer.nearest_codes(values)
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        sample = self.model(pixel_values).sample
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        sample = self.model(pixel_values, uniforms=noise).sample
         return sample, sample.new_zeros(())
+
+    def draw_noise(self, generators: Sequence[torch.Generator]) -> torch.Tensor | None:
+        if not self.model.quantizer.noise_prob:
+            return None
+        return draw(torch.rand, (2, self.latent_channels, *self.grid_size), generators, self.model.device)
 
 
 class _VQTokenizer(ImageTokenizer):
@@ -165,7 +183,9 @@ class _VQTokenizer(ImageTokenizer):
         if self.model.config.lookup_from_codebook:
             raise ValueError("`tokenizer` is a VQModel with `lookup_from_codebook=True`: load it with `False`.")
 
-    def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+    def encode_codes(
+        self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         return self.indices_to_codes(self.encode_indices(pixel_values))
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -182,7 +202,9 @@ class _VQTokenizer(ImageTokenizer):
     def _decode(self, codes: torch.Tensor) -> torch.Tensor:
         return self.model.decode(codes.to(self.model.dtype), force_not_quantize=True).sample
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.model(pixel_values)
         return output.sample, output.commit_loss
 
@@ -209,11 +231,14 @@ class _KLTokenizer(ImageTokenizer):
         self.latent_channels = self.model.config.latent_channels
         self.shift_factor = self.model.config.shift_factor or 0.0
 
-    def encode_codes(self, pixel_values: torch.Tensor, sample_posterior: bool = False) -> torch.Tensor:
+    def encode_codes(
+        self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         self._check_pixel_values(pixel_values)
         with self._upcast():
             posterior = self.model.encode(pixel_values.to(self.model.dtype)).latent_dist
-        codes = (posterior.sample() if sample_posterior else posterior.mode()).to(pixel_values.dtype)
+        codes = posterior.mode() if generators is None else posterior.sample(generators)
+        codes = codes.to(pixel_values.dtype)
         self._check_finite(codes, "codes")
         return codes
 
@@ -241,11 +266,17 @@ class _KLTokenizer(ImageTokenizer):
         finally:
             self.model.half()
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = self.model.encode(pixel_values).latent_dist
         # As latent diffusion, which sums both the error and the divergence over an image, divided by its values.
         divergence = posterior.kl().mean() / math.prod(pixel_values.shape[1:])
-        return self.model.decode(posterior.sample()).sample, divergence
+        codes = posterior.sample() if noise is None else posterior.mean + posterior.std * noise
+        return self.model.decode(codes).sample, divergence
+
+    def draw_noise(self, generators: Sequence[torch.Generator]) -> torch.Tensor | None:
+        return draw(torch.randn, (self.latent_channels, *self.grid_size), generators, self.model.device)
 
 
 _VIEWS = {AutoencoderIFSQ: _IFSQTokenizer, VQModel: _VQTokenizer, AutoencoderKL: _KLTokenizer}

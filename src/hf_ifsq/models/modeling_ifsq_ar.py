@@ -185,12 +185,13 @@ class IFSQARModel(IFSQARPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        class_dropout_mask: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPast:
         """
         Run the class, whole token ids or both, as `embed` takes them, through the layers; the other arguments are
         those of [`IFSQARForImageGeneration`]. `last_hidden_state` has shape `(batch, positions, hidden_size)`.
         """
-        hidden_states = self.dropout(self.embed(class_labels, input_ids))
+        hidden_states = self.dropout(self.embed(class_labels, input_ids, class_dropout_mask))
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         seen = num_seen(past_key_values)
@@ -211,11 +212,16 @@ class IFSQARModel(IFSQARPreTrainedModel):
         hidden_states = run_layers(self.layers, hidden_states, rotary, causal_mask, past_key_values, states)
         return BaseModelOutputWithPast(hidden_states, past_key_values, None if states is None else tuple(states))
 
-    def embed(self, class_labels: torch.Tensor | None = None, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def embed(
+        self,
+        class_labels: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        class_dropout_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Embeddings, `(batch, positions, hidden_size)`, of class labels `(batch,)` in [0, num_classes], the last being
-        the null class, before those of whole token ids `(batch, sequence)`. In training a share of
-        `class_dropout_prob` of the labels is replaced by the null class.
+        the null class, before those of whole token ids `(batch, sequence)`. In training the labels of
+        `class_dropout_mask`, by default a share of `class_dropout_prob`, are replaced by the null class.
         """
         embeddings = []
         if class_labels is not None:
@@ -223,7 +229,8 @@ class IFSQARModel(IFSQARPreTrainedModel):
             if class_labels.ndim != 1:
                 raise ValueError(f"`class_labels` must have shape (batch,), got {tuple(class_labels.shape)}.")
             if self.training:
-                class_labels = drop_labels(class_labels, self.config.class_dropout_prob, self.config.num_classes)
+                probability, null_label = self.config.class_dropout_prob, self.config.num_classes
+                class_labels = drop_labels(class_labels, probability, null_label, class_dropout_mask)
             embeddings.append(self.embed_classes(class_labels)[:, None])
         if input_ids is not None:
             input_ids = as_ids(input_ids, "input_ids")
@@ -280,6 +287,7 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        class_dropout_mask: torch.Tensor | None = None,
     ) -> IFSQAROutput:
         """
         Predict each token from the class and the tokens before it (teacher forcing).
@@ -295,13 +303,21 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
             past_key_values ([`~transformers.Cache`], *optional*): cache of the positions before these.
             use_cache (`bool`, *optional*): whether to make a cache if there is none; by default as in the config.
             output_hidden_states (`bool`, *optional*): whether to return the embeddings and each layer's output.
+            class_dropout_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*):
+                the labels that training replaces by the null class; by default a random share.
 
         Returns:
             [`IFSQAROutput`]: with `logits` at position i for token i, or without `class_labels` for token i + 1.
         """
         input_ids, labels = self._check_forward_inputs(class_labels, input_ids, labels, past_key_values)
         outputs = self.model(
-            class_labels, input_ids[:, :-1], past_key_values, use_cache, output_hidden_states, return_dict=True
+            class_labels,
+            input_ids[:, :-1],
+            past_key_values,
+            use_cache,
+            output_hidden_states,
+            class_dropout_mask,
+            return_dict=True,
         )
         first_predicted = 0 if class_labels is not None else 1
         factors = self.model.split_indices(input_ids[:, first_predicted:])
@@ -362,8 +378,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
             self._check_class_labels(class_labels)
             if class_labels.shape[0] != input_ids.shape[0]:
                 raise ValueError(
-                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, got "
-                    f"shape {tuple(class_labels.shape)}."
+                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, "
+                    f"got shape {tuple(class_labels.shape)}."
                 )
         elif past_key_values is None:
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")

@@ -178,11 +178,12 @@ class FiniteScalarQuantizer(nn.Module):
         centre, width, shift = (self._per_channel(values, z) for values in (self._centre, self._width, self._shift))
         return bound(z.float() + shift, self.alpha) * width + centre
 
-    def forward(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, z: torch.Tensor, uniforms: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Quantize a latent `(batch, d, *spatial)`, unbounded. Gives the codes in [-1, 1], of its shape and dtype, and
         their indices, int64 of shape `(batch, *spatial)`, in [0, codebook_size). What is not a number stays so in the
-        codes; its index has no meaning.
+        codes; its index has no meaning. `uniforms` in [0, 1), `(batch, 2, d, *spatial)`, decide which values get noise
+        in training and how much, in place of the global random state.
         """
         self._check_channels(z, "z")
         # There is none on the device meta.
@@ -192,7 +193,7 @@ class FiniteScalarQuantizer(nn.Module):
             indices = self._digits_to_indices(digits)
             codes = self._digits_to_codes(digits)
             if self.training and self.noise_prob:
-                codes = self._with_noise(values.detach(), codes)
+                codes = self._with_noise(values.detach(), codes, uniforms)
             codes = _StraightThrough.apply(values, codes)
         return codes.to(z.dtype), indices
 
@@ -252,11 +253,13 @@ class FiniteScalarQuantizer(nn.Module):
             centre = centre * self.levels[channel] + self.levels[channel] // 2
         return indices.add_(centre)
 
-    def _with_noise(self, values: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    def _with_noise(self, values: torch.Tensor, codes: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
+        if uniforms is None:
+            uniforms = torch.rand(len(values), 2, *values.shape[1:], device=values.device)
         half_bin = 0.5 / self._per_channel(self._scale, values)
-        moved = values + half_bin * (2 * torch.rand_like(values) - 1)
+        moved = values + half_bin * (2 * uniforms[:, 0] - 1)
         noisy = torch.where(moved.abs() < 1, moved, values)
-        return torch.where(torch.rand_like(values) >= 1 - self.noise_prob, noisy, codes)
+        return torch.where(uniforms[:, 1] >= 1 - self.noise_prob, noisy, codes)
 
     def _per_channel(self, constants: Sequence[float], like: torch.Tensor) -> torch.Tensor:
         """Constants to broadcast to float32 values of the shape and device of `like`; one number if all are equal."""

@@ -255,6 +255,7 @@ class IFSQDiTTransformer2DModel(DiffusersLoadingMixin, ModelMixin, ConfigMixin):
         class_labels: torch.Tensor,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        class_dropout_mask: torch.Tensor | None = None,
     ) -> IFSQDiTOutput | tuple:
         """
         Predict the velocity at a point of the path.
@@ -265,6 +266,8 @@ class IFSQDiTTransformer2DModel(DiffusersLoadingMixin, ModelMixin, ConfigMixin):
             class_labels (`torch.LongTensor` of shape `(batch,)`): ids in [0, num_classes].
             output_hidden_states (`bool`, *optional*, defaults to `False`): whether to return each block's output.
             return_dict (`bool`, *optional*, defaults to `True`): whether to return a named output or a plain tuple.
+            class_dropout_mask (`torch.BoolTensor` of shape `(batch,)`, *optional*):
+                the labels that training replaces by the null class; by default a random share.
         """
         class_labels = self._check_inputs(hidden_states, timestep, class_labels)
         patch_size = self.config["patch_size"]
@@ -278,7 +281,8 @@ class IFSQDiTTransformer2DModel(DiffusersLoadingMixin, ModelMixin, ConfigMixin):
         rotary = rotary_table_2d(grid, self.config["attention_head_dim"], device=device)
         time = self.time_embed(self.time_features(timestep).to(dtype))
         if self.training:
-            class_labels = drop_labels(class_labels, self.config["class_dropout_prob"], self.config["num_classes"])
+            probability, null_label = self.config["class_dropout_prob"], self.config["num_classes"]
+            class_labels = drop_labels(class_labels, probability, null_label, class_dropout_mask)
         condition = time + self.class_embed(class_labels)
 
         collected = [hidden_states] if output_hidden_states else []

@@ -5,6 +5,7 @@ library take values by name, which [`values_for`] picks.
 
 import inspect
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -17,8 +18,10 @@ from transformers import HfArgumentParser
 
 from ..models.image_tokenizer import load_image_tokenizer
 from ..vision.vision_model import Teacher
-from .data import ImageTransform, load_image_dataset
+from .data import load_image_dataset
+from .image_transform import ImageTransform
 from .model_card import without_local_paths
+from .pretrained import Pretrained
 from .tokens import TokenSource
 
 
@@ -48,6 +51,14 @@ def values_for(function: Callable, arguments: Any) -> dict[str, Any]:
     return {entry.name: getattr(arguments, entry.name) for entry in fields(arguments) if entry.name in names}
 
 
+def expand_home(arguments: Any) -> None:
+    """Put the home folder for the `~` at the start of texts in a dataclass, as a shell does; recipes see no shell."""
+    for entry in fields(arguments):
+        value = getattr(arguments, entry.name)
+        if isinstance(value, str):
+            setattr(arguments, entry.name, os.path.expanduser(value))
+
+
 @dataclass
 class DataArguments:
     """
@@ -65,11 +76,13 @@ class DataArguments:
 
     dataset_name: str | None = argument(None, "Images: a dataset of the Hub, or a local folder or parquet file.")
     dataset_config_name: str | None = argument(None, "Configuration of the dataset, if it has several.")
-    train_data_dir: str | None = argument(None, "Images: a folder in the layout of `datasets`' imagefolder.")
+    train_data_dir: str | None = argument(None, "Images: a folder of pictures, with one subfolder a class.")
     train_split: str | None = argument(None, "Split to train on; by default `train`, or the only one there is.")
-    validation_split: str | None = argument(None, "Split to validate on; by default `validation` or `test`, if any.")
+    validation_split: str | None = argument(
+        None, "Split to validate on, or `none`; by default `validation` or `test`, if any."
+    )
     image_column: str = argument("image", "Column of the dataset with the images.")
-    label_column: str = argument("label", "Column of the dataset with the class labels.")
+    label_column: str = argument("label", "Column of the dataset with the class labels, or `none`.")
     max_train_samples: int | None = argument(None, "Train on only this many images, drawn by the seed.")
     resolution: int | None = argument(None, "Side in pixels; by default 256, or that of the token dataset.")
     center_crop: bool = argument(False, "Crop squares from the middle of the training images, not at random.")
@@ -81,6 +94,7 @@ class DataArguments:
     hub_private_repo: bool = argument(False, "Make the repository private if it is new.")
 
     def __post_init__(self) -> None:
+        expand_home(self)
         sources = [getattr(self, name) for name in self.SOURCES]
         if sum(source is not None for source in sources) != 1:
             *names, last_name = (f"`{name}`" for name in self.SOURCES)
@@ -93,7 +107,9 @@ class DataArguments:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.resolution is not None:
             # It checks its options.
-            ImageTransform(**values_for(ImageTransform, self))
+            ImageTransform(
+                **{name: value for name, value in values_for(ImageTransform, self).items() if value is not None}
+            )
 
     @property
     def data_name(self) -> str:
@@ -105,6 +121,8 @@ class DataArguments:
 class TrainingArguments(DataArguments):
     """Arguments under the names of diffusers' training examples."""
 
+    # What makes the model, unless it begins with weights.
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ()
     POSITIVE = (
         *DataArguments.POSITIVE,
         *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_validation_samples"),
@@ -113,6 +131,11 @@ class TrainingArguments(DataArguments):
 
     output_dir: str = argument("outputs/model", "Folder of the trained model, its model card and its checkpoints.")
     max_validation_samples: int = argument(1000, "Validate on at most this many images, drawn by the seed.")
+
+    pretrained_model_name_or_path: str | None = argument(
+        None, "Weights to begin with: a folder or Hub name of a model, or of a pipeline that has one."
+    )
+    subfolder: str | None = argument(None, "Folder of the model in it; by default that of a pipeline, or the root.")
 
     train_batch_size: int = argument(16, "Images per device and forward pass.")
     num_train_epochs: float = argument(100, "Times that the dataset is gone through, without `max_train_steps`.")
@@ -148,8 +171,22 @@ class TrainingArguments(DataArguments):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+        if self.pretrained_model_name_or_path is not None:
+            for name in self.ARCHITECTURE:
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` must be left out with `pretrained_model_name_or_path`, whose model has its own, "
+                        f"got {getattr(self, name)}."
+                    )
+        elif self.subfolder is not None:
+            raise ValueError(f"`subfolder` is for a `pretrained_model_name_or_path`, got {self.subfolder!r} alone.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+
+    def pretrained(self, component: str) -> Pretrained | None:
+        """The model to begin with, if one is named; `component` is what it is called in a pipeline."""
+        name_or_path = self.pretrained_model_name_or_path
+        return None if name_or_path is None else Pretrained(name_or_path, component, self.subfolder)
 
     def facts(self, resolution: int, num_parameters: int) -> dict[str, str]:
         """Data, size and learning rate, for the model card."""
@@ -249,7 +286,7 @@ def parse_args(arguments_class: type[Arguments], argv: Sequence[str] | None = No
 
 
 def _recipe_to_argv(file: str, arguments_class: type[DataArguments]) -> list[str]:
-    recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         raise ValueError(f"`config` {file} must be a YAML mapping of argument names to values.")
     types = {entry.name: entry.type for entry in fields(arguments_class)}

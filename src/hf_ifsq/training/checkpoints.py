@@ -4,18 +4,31 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.utils import load
+from transformers import PreTrainedModel
+
+from .model_card import without_local_paths
+from .output_folder import PARTIAL, give_usual_rights
 
 
 logger = get_logger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.json"
+
+# Arguments and entries of a config that have no part in what is trained.
+OPERATIONAL = ("config", "output_dir", "resume_from_checkpoint")
+ABOUT_FILES = ("architectures", "dtype", "transformers_version")
+
+# What of a model's config is about training alone and may change on the way.
+TRAINING_SETTINGS = ("dropout", "class_dropout_prob", "noise_prob")
 
 
 @dataclass(frozen=True)
@@ -63,13 +76,14 @@ class Checkpoints:
     def write(self, step: int, accelerator: Accelerator) -> Iterator[Path]:
         """A folder for all processes to write to, which at the end becomes the checkpoint of that step."""
         # Under another name: a run killed meanwhile leaves no half checkpoint to resume from.
-        partial, final = (self.output_dir / f"{prefix}checkpoint-{step}" for prefix in ("partial-", ""))
+        partial, final = (self.output_dir / f"{prefix}checkpoint-{step}" for prefix in (PARTIAL, ""))
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         accelerator.wait_for_everyone()
         yield partial
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            give_usual_rights(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             if self.total_limit is not None:
@@ -78,8 +92,84 @@ class Checkpoints:
         accelerator.wait_for_everyone()
 
 
-def read_state(checkpoint: Path | None) -> dict[str, int]:
-    """The counters in a checkpoint, or those of a new run."""
+def read_state(checkpoint: Path | None) -> dict[str, Any]:
+    """The counters of a checkpoint and what it was trained with, or the counters of a new run."""
     if checkpoint is None:
         return {"global_step": 0, "samples_seen": 0}
-    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def load_state(checkpoint: Path, accelerator: Accelerator, num_processes: int) -> None:
+    """
+    Load what `accelerator` prepared, and the random states of this process if the checkpoint is of as many processes.
+
+    Raises:
+        ValueError: if something in the checkpoint is missing, damaged or does not fit.
+    """
+    if num_processes == accelerator.num_processes:
+        try:
+            # `accelerate` would go on without them.
+            load(checkpoint / f"random_states_{accelerator.process_index}.pkl")
+        except Exception as error:  # The unpickler fails in any way on a damaged file.
+            raise _unreadable(checkpoint, error, "the random states of this process are missing or damaged") from error
+    try:
+        accelerator.load_state(str(checkpoint))
+    except Exception as error:
+        raise _unreadable(checkpoint, error) from error
+
+
+def circumstances(accelerator: Accelerator, model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is trained with, as its checkpoints store it: processes, precision, arguments, the model's config."""
+    config = model.config.to_dict() if isinstance(model, PreTrainedModel) else dict(model.config)
+    values = {
+        "num_processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "arguments": {name: without_local_paths(arguments[name]) for name in arguments if name not in OPERATIONAL},
+        "config": {name: config[name] for name in config if name[0] != "_" and name not in ABOUT_FILES},
+    }
+    # As it is read back: with lists for tuples and with strings for integer keys.
+    return json.loads(json.dumps(values, default=str))
+
+
+def tell_changes(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any], use_ema: bool) -> None:
+    """
+    Say what has changed since a checkpoint with the state `before`; `now` are the [`circumstances`].
+
+    Raises:
+        ValueError: if it has a moving average and the run has none, or the other way round, or if the config of the
+            model is another, which the weights may fit all the same.
+    """
+    has_average = "ema_steps" in before
+    if use_ema != has_average:
+        raise ValueError(
+            f"`use_ema` is {use_ema}, but the checkpoint {checkpoint} has {'a' if has_average else 'no'} moving "
+            "average: give the same, or begin a new run with its weights."
+        )
+    changes = {name: differences(before.get(name, {}), now[name]) for name in ("arguments", "config")}
+    refused = [text for name, text in changes["config"].items() if name not in TRAINING_SETTINGS]
+    if refused:
+        raise ValueError(
+            f"`resume_from_checkpoint` {checkpoint} is of another model: {', '.join(refused)}. Give the arguments of "
+            "before, or begin a new run with its weights."
+        )
+    others = differences(before, {name: now[name] for name in ("num_processes", "precision")})
+    told = [*changes["arguments"].values(), *others.values()]
+    if told:
+        logger.warning(f"Changed since {checkpoint.name}, and in effect from now on: {', '.join(told)}.")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Values that are others than before, as text, of the names that both have."""
+    names = [name for name in now if name in before and before[name] != now[name]]
+    return {name: f"`{name}` ({before[name]}, now {now[name]})" for name in names}
+
+
+def _unreadable(
+    checkpoint: Path, error: Exception, problem: str = "it is damaged, or of another training"
+) -> ValueError:
+    return ValueError(
+        f"`resume_from_checkpoint` {checkpoint} cannot be resumed from: {problem} ({type(error).__name__}: {error})."
+    )

@@ -41,3 +41,11 @@ def make_optimizer(
         num_training_steps=num_training_steps * num_processes,
     )
     return optimizer, schedule
+
+
+def resume_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, num_steps: int) -> None:
+    """Put a schedule to the place after `num_steps` of its steps, with the `initial_lr` that its optimizer has now."""
+    schedule.base_lrs = [group["initial_lr"] for group in schedule.optimizer.param_groups]
+    schedule.last_epoch = num_steps - 1
+    # It counts on and sets the learning rates.
+    schedule.step()

@@ -12,30 +12,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch._inductor
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin, set_seed
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .checkpoints import STATE_FILE, Checkpoints, read_state
+from .checkpoints import STATE_FILE, Checkpoints, circumstances, load_state, read_state, tell_changes
 from .data import ResumableSampler
+from .log import TrainingLog
 from .model_card import without_local_paths
+from .optimization import resume_schedule
+from .output_folder import NOT_UPLOADED, lock_folder, remove_partial, written_whole
 
 
 logger = get_logger(__name__)
-
-LOG_FILE = "training_log.jsonl"
 
 
 @dataclass
@@ -45,11 +47,13 @@ class TrainingRun:
     to end bit-equal to an uninterrupted one.
 
     A script gets its data from `dataloader`, hands all that it trains to `prepare`, calls `record` after each forward
-    pass and `end_step` after each optimizer step, saves `saved_model` at the end and calls `finish`.
+    pass and `end_step` after each optimizer step. At the end it calls `save` at once, and does all else, `finish` the
+    last, within `after_training`.
 
     Args:
         output_dir (`str`): where everything is written.
-        arguments (`Mapping[str, Any]`, *optional*): what the tracker shows as the configuration of the run.
+        arguments (`Mapping[str, Any]`, *optional*):
+            all arguments of the script, for the tracker, and for a resumed run to tell which of them have changed.
         others: as in [`~hf_ifsq.training.arguments.TrainingArguments`].
 
     Attributes:
@@ -100,23 +104,33 @@ class TrainingRun:
             raise ValueError(
                 f"Training runs on one or several devices by data parallelism, not by {distributed_type}."
             )
-        set_seed(self.seed, device_specific=True)
+        configured = self.accelerator.gradient_accumulation_steps
+        if self.gradient_accumulation_steps not in (1, configured):
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but Accelerate is configured "
+                f"for {configured} (`ACCELERATE_GRADIENT_ACCUMULATION_STEPS`), which it prefers: give one of them."
+            )
+        # The same weights on all processes, the moving average of which is not distributed.
+        set_seed(self.seed)
+        self._lock = contextlib.ExitStack()
+        if self.accelerator.is_main_process:
+            self._lock.enter_context(lock_folder(self.folder))
+            remove_partial(self.folder)
+        self.accelerator.wait_for_everyone()
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._ema: EMAModel | None = None
         self._saved_model: Any = None
         self.checkpoints = Checkpoints(self.folder, self.checkpoints_total_limit)
         self._checkpoint = self.checkpoints.find(self.resume_from_checkpoint)
-        state = read_state(self._checkpoint)
-        self.global_step, self.samples_seen = state["global_step"], state["samples_seen"]
+        self._state = read_state(self._checkpoint)
+        self.global_step, self.samples_seen = self._state["global_step"], self._state["samples_seen"]
         self.checkpoints.refuse_later(self.global_step)
         self.accelerator.wait_for_everyone()
         self.repo_id: str | None = None
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._cut_log()
-            if self.push_to_hub:
-                name = self.hub_model_id or self.folder.resolve().name
-                self.repo_id = create_repo(name, private=self.hub_private_repo, exist_ok=True).repo_id
+        self._log = TrainingLog(self.folder, self.accelerator, None if self._checkpoint is None else self.global_step)
+        if self.accelerator.is_main_process and self.push_to_hub:
+            name = self.hub_model_id or self.folder.resolve().name
+            self.repo_id = create_repo(name, private=self.hub_private_repo, exist_ok=True).repo_id
         if self.report_to != "none":
             config = {name: str(without_local_paths(value)) for name, value in self.arguments.items()}
             self.accelerator.init_trackers(self.tracker_project_name, config=config)
@@ -167,14 +181,15 @@ class TrainingRun:
         stop = self.samples_seen + (self.num_steps - self.global_step) * batch_size
         logger.info(f"{count} images, {batch_size} per step, steps {self.global_step} to {self.num_steps}.")
         sampler = ResumableSampler(count, self.seed, self.samples_seen, stop)
-        return self._loader(dataset, sampler=sampler, persistent_workers=self.dataloader_num_workers > 0)
+        options = {"persistent_workers": self.dataloader_num_workers > 0, "collate_fn": collate}
+        return self._loader(dataset, sampler=sampler, **options)
 
     def evaluation_dataloader(self, dataset: Dataset) -> DataLoader:
         """
         A prepared pass over a dataset in its order, for `accelerator.gather_for_metrics`. It leaves the global random
         states alone, so that a run resumed after a validation goes on as if it had done it.
         """
-        return self.accelerator.prepare(self._loader(dataset))
+        return self.accelerator.prepare(self._loader(dataset, collate_fn=collate))
 
     def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         # Seeds of the workers, which use none: without a generator each new loader would advance the global one.
@@ -198,8 +213,10 @@ class TrainingRun:
             self._ema = EMAModel(self.saved_model.parameters(), decay=self.ema_decay, foreach=True)
             self._ema.shadow_params = list(self.saved_model.parameters())
         prepared = self.accelerator.prepare(model, *others)
+        # Now that all have the same weights, dropout may differ.
+        set_seed(self.seed, device_specific=True)
         if self._checkpoint is not None:
-            self._load_checkpoint(self._checkpoint)
+            self._load_checkpoint(self._checkpoint, prepared)
         # Where the throughput is measured from; validations move the time.
         self._samples_logged, self._logged_at = self.samples_seen, time.perf_counter()
         self._progress_bar = tqdm(
@@ -256,8 +273,11 @@ class TrainingRun:
 
     @property
     def validation_due(self) -> bool:
-        """Whether to validate now: every `validation_steps` and at the end."""
-        return self.global_step % self.validation_steps == 0 or self.global_step == self.num_steps
+        """
+        Whether to validate now: every `validation_steps`, but not at the end, where the result is saved first. A
+        resumed run asks before its first step too, for the run before it may have been stopped in its validation.
+        """  # noqa: D205
+        return 0 < self.global_step < self.num_steps and self.global_step % self.validation_steps == 0
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
@@ -270,23 +290,28 @@ class TrainingRun:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write metrics of the current step to `training_log.jsonl` and to the tracker."""
-        self.accelerator.log(dict(metrics), step=self.global_step)
-        if self.accelerator.is_main_process:
-            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.global_step, **metrics}) + "\n")
+        self._log.write(self.global_step, metrics)
 
     def log_images(self, name: str, images: list[Image.Image], columns: int) -> None:
         """Write a grid of images of the current step to `validation/` and to a tracker that takes images."""
-        if not self.accelerator.is_main_process:
-            return
-        folder = self.folder / "validation"
-        folder.mkdir(exist_ok=True)
-        grid = make_image_grid(images, rows=len(images) // columns, cols=columns)
-        grid.save(folder / f"{name}-{self.global_step:07d}.png")
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: np.asarray(grid.convert("RGB"))[None]}, step=self.global_step, **options)
+        self._log.write_images(self.global_step, name, images, columns)
+
+    def save(self, result: ModelMixin | DiffusionPipeline) -> None:
+        """Write a model or pipeline to `output_dir`, in one process, so that it is there as a whole or not at all."""
+        if self.accelerator.is_main_process:
+            with written_whole(self.folder) as folder:
+                result.save_pretrained(folder)
+
+    @contextlib.contextmanager
+    def after_training(self) -> Iterator[None]:
+        """What comes after the last step and `save`; an error in it says where the trained model is."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(
+                f"The training is done, and its model is in {self.folder}: only what came after has failed."
+            )
+            raise
 
     def finish(self, model_card: str) -> None:
         """End the run: write the model card beside the saved model, push both if asked for, close trackers."""
@@ -298,41 +323,51 @@ class TrainingRun:
                     repo_id=self.repo_id,
                     folder_path=self.folder,
                     commit_message=f"Training, {self.global_step} steps",
-                    ignore_patterns=["*checkpoint-*", "logs/*"],
+                    ignore_patterns=NOT_UPLOADED,
                 )
         self.accelerator.end_training()
+        self._lock.close()
 
     def _save_checkpoint(self) -> None:
         with self.checkpoints.write(self.global_step, self.accelerator) as folder:
             self.accelerator.save_state(str(folder))
             if self.accelerator.is_main_process:
                 self.saved_model.save_pretrained(folder / "model")
-                state = {"global_step": self.global_step, "samples_seen": self.samples_seen}
+                state = {"global_step": self.global_step, "samples_seen": self.samples_seen, **self._circumstances}
                 if self._ema is not None:
                     state["ema_steps"] = self._ema.optimization_step
                 (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
-    def _load_checkpoint(self, path: Path) -> None:
+    @property
+    def _circumstances(self) -> dict[str, Any]:
+        return circumstances(self.accelerator, self.saved_model, self.arguments)
+
+    def _load_checkpoint(self, path: Path, prepared: tuple) -> None:
         logger.info(f"Resuming from {path.name}.")
+        tell_changes(path, self._state, self._circumstances, self.use_ema)
         if self._ema is not None:
-            state = read_state(path)
-            if "ema_steps" not in state:
-                raise ValueError(f"`use_ema` is set, but the checkpoint {path} was saved without a moving average.")
             average = type(self.saved_model).from_pretrained(path / "model")
             self.saved_model.load_state_dict(average.state_dict())
-            self._ema.optimization_step = state["ema_steps"]
-        self.accelerator.load_state(str(path))
+            self._ema.optimization_step = self._state["ema_steps"]
+        optimizers = [each for each in prepared if isinstance(each, AcceleratedOptimizer)]
+        settings = [[{**group, "params": ()} for group in optimizer.param_groups] for optimizer in optimizers]
+        num_processes = self._state.get("num_processes", self.accelerator.num_processes)
+        load_state(path, self.accelerator, num_processes)
+        # The learning rate and so on are those of this run, not those of the checkpoint.
+        for optimizer, groups in zip(optimizers, settings, strict=True):
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                group.update({**values, "params": group["params"]})
+        for schedule in prepared:
+            if isinstance(schedule, AcceleratedScheduler):
+                # Accelerate counts a step once for each process.
+                num_steps = schedule.scheduler.last_epoch // num_processes
+                resume_schedule(schedule.scheduler, num_steps * self.accelerator.num_processes)
 
-    def _cut_log(self) -> None:
-        """Drop entries of an earlier run: all in a new run, those after the checkpoint in a resumed one."""
-        file = self.folder / LOG_FILE
-        if self._checkpoint is None:
-            file.unlink(missing_ok=True)
-        elif file.is_file():
-            # The last line may be half written if the run was killed.
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.global_step]
-            file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+def collate(items: list[Any]) -> Any:
+    """Rows as a batch. Their positions stay on the host, where the random numbers of the images are drawn by them."""
+    batch = default_collate(items)
+    return batch | {"position": [item["position"] for item in items]} if isinstance(batch, dict) else batch
 
 
 def _dynamo_plugin() -> TorchDynamoPlugin:

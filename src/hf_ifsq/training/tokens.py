@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,12 +21,17 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from ..metrics.alignment import CKNNA_NEIGHBORS
 from ..models.image_tokenizer import ImageTokenizer, load_image_tokenizer
 from ..vision.vision_model import Teacher
-from .data import ImageDataset, ImageTransform, check_labels, draw, read_class_names
+from .data import ImageDataset, draw, load_dataset, read_class_names
+from .image_transform import ImageTransform
+from .model_card import without_local_paths
 
 
 logger = logging.getLogger(__name__)
 
 INFO_FILE = "token_dataset.json"
+
+# Path of a local tokenizer from the folder of its tokens. Nothing under this folder is ever uploaded to the Hub.
+TOKENIZER_PATH_FILE = Path(".cache", "huggingface", "tokenizer_path.txt")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class TokenDatasetInfo:
     `revision` (of the Hub, or `None`) and [`fingerprint`]; the factor that makes latents of its codes; the side of the
     images in pixels; `name_or_path` and `hidden_size` of the `teacher` whose features are stored, if any; rows of each
     split; what chose and cut the images, and grouped them into batches and files; and the version of this package.
+    It is for others too: where something lies on this machine is not in it.
     """
 
     tokenizer: dict[str, Any]
@@ -104,7 +110,7 @@ def load_token_dataset(name_or_path: str, info: TokenDatasetInfo) -> DatasetDict
     splits with `indices`, `label` and `teacher_features` where there are any.
     """
     # The check below says more than the one of `datasets`.
-    splits = datasets.load_dataset(name_or_path, verification_mode="no_checks")
+    splits = load_dataset(name_or_path, verification_mode="no_checks")
     num_rows = {name: len(rows) for name, rows in splits.items()}
     title, size = f"`token_dataset` {name_or_path!r}", info.tokenizer["codebook_size"]
     if num_rows != info.num_rows:
@@ -133,7 +139,7 @@ class TokenDataset(torch.utils.data.Dataset):
     """
     Rows of a token dataset as `indices`, int64 of shape `(tokens,)`, `class_labels`, and, if asked for,
     `teacher_features`, float16 of shape `(tokens, width)`. It is read like an [`ImageDataset`], by `index` or by
-    `(index, position)`; the position makes no difference, since crops and flips are in the rows already.
+    `(index, position)`; the position makes no difference to the rows, which have crops and flips in them already.
     """
 
     def __init__(self, rows: Dataset, with_teacher_features: bool = False):
@@ -144,10 +150,12 @@ class TokenDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        row = self.rows[key[0] if isinstance(key, tuple) else key]
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, position = key if isinstance(key, tuple) else (key, key)
+        row = self.rows[index]
         # Copies: what lies in a memory-mapped file is read-only.
-        item = {"indices": torch.from_numpy(_first_row(row["indices"]).astype(np.int64))}
+        indices = torch.from_numpy(_first_row(row["indices"]).astype(np.int64))
+        item: dict[str, Any] = {"indices": indices, "position": position}
         item["class_labels"] = torch.tensor(row["label"][0].as_py())
         if "teacher_features" in row.column_names:
             item["teacher_features"] = torch.from_numpy(_first_row(row["teacher_features"]).copy())
@@ -210,7 +218,7 @@ class TokenSource:
         teacher: Teacher | None = None,
     ) -> "TokenSource":
         """Labelled images that are tokenized on the way, by a tokenizer and a teacher on the training's device."""
-        id2label = _read_labels(train, validation, label_column)
+        id2label = read_class_names(train, label_column, validation)
         options = (transform, image_column, label_column)
         validation_data = None if validation is None else ImageDataset(validation, *options)
         return cls(tokenizer, ImageDataset(train, *options), validation_data, id2label, teacher)
@@ -249,7 +257,7 @@ class TokenSource:
         train, validation = draw(splits["train"], max_train_samples, seed), splits.get("validation")
         if validation is not None:
             validation = draw(validation, max_validation_samples, seed)
-        id2label = _read_labels(train, validation, "label")
+        id2label = read_class_names(train, "label", validation)
         validation_data = None if validation is None else TokenDataset(validation, width is not None)
         return cls(loaded, TokenDataset(train, width is not None), validation_data, id2label, None, width)
 
@@ -261,11 +269,13 @@ class TokenSource:
         return self.tokenizer.encode_indices(batch["pixel_values"]).flatten(1)
 
     @torch.no_grad()
-    def codes(self, batch: dict[str, torch.Tensor], sample_posterior: bool = False) -> torch.Tensor:
+    def codes(
+        self, batch: dict[str, torch.Tensor], generators: Sequence[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """Codes of a batch of rows, `(batch, latent_channels, rows, columns)`; see [`ImageTokenizer.encode_codes`]."""
         if "indices" in batch:
             return self.tokenizer.indices_to_codes(batch["indices"].unflatten(1, self.tokenizer.grid_size))
-        return self.tokenizer.encode_codes(batch["pixel_values"], sample_posterior=sample_posterior)
+        return self.tokenizer.encode_codes(batch["pixel_values"], generators)
 
     @torch.no_grad()
     def teacher_features(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -287,17 +297,9 @@ class TokenSource:
             self.tokenizer.to(usual_device)
 
 
-def _read_labels(train: Dataset, validation: Dataset | None, label_column: str) -> dict[int, str]:
-    """Names of the classes of the training rows, of which the validation rows must have no other."""
-    id2label = read_class_names(train, label_column)
-    if validation is not None:
-        check_labels(validation, label_column, len(id2label))
-    return id2label
-
-
 def _load_tokenizer_of(token_dataset: str, info: TokenDatasetInfo, name_or_path: str | None) -> ImageTokenizer:
     """The tokenizer of a token dataset, from the place that it names or from where it is now."""
-    name, revision = name_or_path, None
+    name, revision = name_or_path or _local_tokenizer_of(token_dataset), None
     if name is None:
         name, revision = str(info.tokenizer["name_or_path"]), info.tokenizer["revision"]
     try:
@@ -320,10 +322,29 @@ def _load_tokenizer_of(token_dataset: str, info: TokenDatasetInfo, name_or_path:
     return tokenizer
 
 
+def remember_tokenizer(token_dataset: str, tokenizer: str) -> None:
+    """
+    Note where the tokenizer of a token dataset lies if it is a folder, for its trainings on this machine: neither the
+    description nor what is uploaded says where something lies.
+    """
+    if os.path.isdir(tokenizer):
+        file = Path(token_dataset, TOKENIZER_PATH_FILE)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(os.path.relpath(tokenizer, token_dataset), encoding="utf-8")
+
+
+def _local_tokenizer_of(token_dataset: str) -> str | None:
+    file = Path(token_dataset, TOKENIZER_PATH_FILE)
+    if file.is_file():
+        folder = os.path.normpath(Path(token_dataset, file.read_text(encoding="utf-8")))
+        return folder if os.path.isdir(folder) else None
+    return None
+
+
 def _width_of_features(token_dataset: str, info: TokenDatasetInfo, teacher: str, patch_size: int) -> int:
     """Width of the features of a teacher, which a token dataset must have for patches of single codes."""
     stored = None if info.teacher is None else info.teacher["name_or_path"]
-    if info.teacher is None or stored != teacher:
+    if info.teacher is None or without_local_paths(stored) != without_local_paths(teacher):
         has = "no teacher features" if stored is None else f"features of {stored!r}"
         raise ValueError(
             f"`teacher` is {teacher!r}, but `token_dataset` {token_dataset!r} has {has}: tokenize the images with "

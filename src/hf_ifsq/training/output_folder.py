@@ -1,0 +1,76 @@
+"""The folder that a run writes to: one run at a time, what is in it is whole, and others may read it."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+LOCK_FILE = ".lock"
+# Before the name of what is not whole yet.
+PARTIAL = "partial-"
+PARTIAL_RESULT = f"{PARTIAL}result"
+
+# What a result on the Hub does without.
+NOT_UPLOADED = [LOCK_FILE, f"{PARTIAL}*", "checkpoint-*", "logs/*"]
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, name: str = "output_dir") -> Iterator[None]:
+    """Keep other processes out of a folder; a `ValueError` if one is in it. The lock of a killed process is void."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # Another cell of a notebook is in the same process, and may go on after an error in the first.
+    lock = FileLock(folder / LOCK_FILE, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"`{name}` {folder} is in use by another run, which would mix with this one: wait for its end, or choose "
+            "another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if not lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed run left unfinished in a folder. It must be locked."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """
+    A new folder to write to, whose files and folders at the end take the places of those in `folder`. A process that
+    is killed meanwhile leaves nothing half written there, and no temporary files of other libraries.
+    """
+    partial = folder / PARTIAL_RESULT
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        give_usual_rights(partial)
+        for path in sorted(partial.iterdir()):
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+    finally:
+        shutil.rmtree(partial)
+
+
+def give_usual_rights(folder: Path) -> None:
+    """Give all files in a folder the rights of new files: those of safetensors are readable by their owner alone."""
+    new_file = folder / f"{PARTIAL}file"
+    new_file.touch()
+    mode = new_file.stat().st_mode & 0o777
+    new_file.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)

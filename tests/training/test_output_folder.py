@@ -1,0 +1,44 @@
+import pytest
+
+from hf_ifsq.training.output_folder import give_usual_rights, remove_partial, written_whole
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def write(folder, version):
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / f"{version}.txt").write_text(version)
+    (folder / "model_index.json").write_text(version)
+
+
+def test_a_result_replaces_the_one_before_and_leaves_the_rest(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "state").write_text("state")
+    for version in ("old", "new"):
+        with written_whole(tmp_path) as folder:
+            write(folder, version)
+    assert files(tmp_path) == {"checkpoint-1/state": "state", "model_index.json": "new", "transformer/new.txt": "new"}
+
+
+def test_a_result_that_fails_leaves_the_one_before(tmp_path):
+    with written_whole(tmp_path) as folder:
+        write(folder, "old")
+    with pytest.raises(OSError, match="no space"), written_whole(tmp_path) as folder:
+        (folder / "model_index.json").write_text("half")
+        raise OSError("no space")
+    remove_partial(tmp_path)
+    assert files(tmp_path) == {"model_index.json": "old", "transformer/old.txt": "old"}
+
+
+def test_rights_of_new_files(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("private", "a/private", "usual"):
+        (tmp_path / name).touch()
+    for name in ("private", "a/private"):
+        (tmp_path / name).chmod(0o600)
+    give_usual_rights(tmp_path)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777} and len(files(tmp_path)) == 4
