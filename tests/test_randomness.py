@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_ifsq.randomness import image_generators
+from hf_ifsq.randomness import generators_at, image_generators
 
 
 def draws(generators):
@@ -42,3 +42,18 @@ def test_list_of_wrong_length(length):
 def test_what_is_no_generator(generator):
     with pytest.raises(TypeError, match="`generator` must be a `torch.Generator` or a list of these, got"):
         image_generators(generator, 2)
+
+
+def test_generators_at_positions_depend_on_seed_and_position_alone():
+    drawn = {
+        (seed, position): torch.rand(4, generator=generator)
+        for seed in (0, 1)
+        for position, generator in zip(range(50), generators_at(seed, range(50)))
+    }
+    (alone,) = generators_at(1, [7])
+    assert torch.equal(torch.rand(4, generator=alone), drawn[1, 7])
+    assert len({tuple(numbers.tolist()) for numbers in drawn.values()}) == len(drawn)
+    # Seeds of neighbours do not make numbers of neighbours.
+    first = torch.stack([numbers[0] for numbers in drawn.values()])
+    assert 0.4 < first.mean() < 0.6 and 0.25 < first.std() < 0.33
+    assert abs(torch.corrcoef(torch.stack([first[:-1], first[1:]]))[0, 1]) < 0.35

@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer, load_image_tokenizer
+from hf_ifsq.randomness import generators_at
 
 
 CLASSES = [AutoencoderIFSQ, VQModel, AutoencoderKL]
@@ -79,11 +80,11 @@ def test_vq_in_training(make, images):
 
 def test_kl_in_training(make, images):
     tokenizer = make(AutoencoderKL)
-    torch.manual_seed(3)
-    sample, loss = tokenizer(images)
-    torch.manual_seed(3)
-    codes = tokenizer.encode_codes(images, sample_posterior=True)
+    sample, loss = tokenizer(images, tokenizer.draw_noise(generators_at(3, range(len(images)))))
+    codes = tokenizer.encode_codes(images, generators_at(3, range(len(images))))
     torch.testing.assert_close(sample, tokenizer.decode_codes(codes))
+    # Without noise it is drawn, and the same images differ.
+    assert not torch.equal(tokenizer(images)[0], tokenizer(images)[0])
     posterior = tokenizer.model.encode(images).latent_dist
     torch.testing.assert_close(tokenizer.encode_codes(images), posterior.mean)
     normal = torch.distributions.Normal(posterior.mean, posterior.std)
@@ -278,8 +279,8 @@ def test_no_code_is_next_to_what_is_not_finite(make, model_class, bad):
         make(model_class).nearest_codes(values)
 
 
-@pytest.mark.parametrize("sample_posterior", [False, True])
-def test_upcast(make, images, sample_posterior):
+@pytest.mark.parametrize("drawn", [False, True])
+def test_upcast(make, images, drawn):
     """As the model of Stable Diffusion XL does: in float32, and then back in its dtype."""
     tokenizer = make(AutoencoderKL, force_upcast=True)
     for part in (tokenizer.model.encoder, tokenizer.model.decoder):
@@ -287,8 +288,8 @@ def test_upcast(make, images, sample_posterior):
     tokenizer.model.half()
 
     def results():
-        torch.manual_seed(0)
-        codes = tokenizer.encode_codes(images.half().to(dtype), sample_posterior)
+        generators = generators_at(0, range(len(images))) if drawn else None
+        codes = tokenizer.encode_codes(images.half().to(dtype), generators)
         return codes, tokenizer.decode_codes(codes)
 
     dtype = torch.float16

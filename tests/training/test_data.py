@@ -100,7 +100,7 @@ def test_plain_images(channels, stored):
 
 def test_images_without_labels():
     data = make_data(make_dataset(pictures()).remove_columns("label"), label_column=None)
-    assert data[0].keys() == {"pixel_values"}
+    assert data[0].keys() == {"pixel_values", "position"}
 
 
 @pytest.mark.parametrize("height, width", [(8, 14), (14, 8), (8, 8), (8, 11)])
@@ -351,7 +351,7 @@ def test_bad_labels(dataset, column, got):
 
 def test_labels_are_only_read_if_asked_for():
     rows = [{"image": image, "label": "cat"} for image in pictures(2)]
-    assert set(make_data(rows, label_column=None)[1]) == {"pixel_values"}
+    assert set(make_data(rows, label_column=None)[1]) == {"pixel_values", "position"}
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "F", None])
@@ -447,7 +447,7 @@ def test_other_columns_are_not_read():
     rows = make_dataset(pictures(2)).add_column(
         "mask", [{"bytes": b"broken", "path": None}] * 2, feature=datasets.Image()
     )
-    assert make_data(rows)[1].keys() == {"pixel_values", "class_labels"}
+    assert make_data(rows)[1].keys() == {"pixel_values", "class_labels", "position"}
 
 
 def test_rows_with_a_transform_of_their_own():

@@ -18,6 +18,7 @@ from transformers import ViTConfig, ViTModel
 import hf_ifsq
 from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
+from hf_ifsq.randomness import generators_at
 from hf_ifsq.training.arguments import GeneratorArguments
 from hf_ifsq.training.tokens import (
     TokenDataset,
@@ -238,13 +239,14 @@ def test_items(token_folder, with_features):
         assert len(data) == info.num_rows[split]
         for index in range(len(data)):
             item = data[index]
-            assert item.keys() == {"indices", "class_labels"} | ({"teacher_features"} if with_features else set())
+            names = {"indices", "class_labels", "position"} | ({"teacher_features"} if with_features else set())
+            assert item.keys() == names and item["position"] == index
             assert item["indices"].dtype == item["class_labels"].dtype == torch.int64
             assert torch.equal(item["indices"], columns["indices"][index])
             assert torch.equal(item["class_labels"], columns["label"][index])
             if with_features:
                 assert torch.equal(item["teacher_features"], columns["teacher_features"][index].half())
-        assert torch.equal(data[3, 17]["indices"], data[3]["indices"])
+        assert torch.equal(data[3, 17]["indices"], data[3]["indices"]) and data[3, 17]["position"] == 17
 
 
 def test_shuffled_rows_and_workers(token_folder):
@@ -454,8 +456,9 @@ def test_codes_of_an_autoencoder_kl_are_drawn_if_asked_for(tmp_path, make_source
     batch = read_batch(source.train_data, 2)
     mode = source.codes(batch)
     assert mode.shape == (2, 3, 4, 4) and torch.equal(mode, source.codes(batch))
-    drawn = [source.codes(batch, sample_posterior=True) for _ in range(2)]
-    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], mode)
+    drawn = [source.codes(batch, generators_at(seed, [4, 5])) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], mode)
     with pytest.raises(ValueError, match="AutoencoderKL.*continuous.*no tokens"):
         source.tokenizer.require_codebook()
     with pytest.raises(ValueError, match="AutoencoderKL.*continuous.*no tokens"):

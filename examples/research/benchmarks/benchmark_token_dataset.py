@@ -134,7 +134,7 @@ def make_step(
             indices = source.indices(batch)
             loss = model(batch["class_labels"], indices, labels=indices).loss
         else:
-            latents = tokenizer.codes_to_latents(source.codes(batch, sample_posterior=True))
+            latents = tokenizer.codes_to_latents(source.codes(batch))
             noise = torch.randn_like(latents)
             t = torch.randn(len(latents), device=latents.device).sigmoid()
             velocity = model(torch.lerp(noise, latents, t.view(-1, 1, 1, 1)), t, batch["class_labels"]).sample

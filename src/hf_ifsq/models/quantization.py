@@ -255,7 +255,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def _with_noise(self, values: torch.Tensor, codes: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
         if uniforms is None:
-            uniforms = torch.rand(len(values), 2, *values.shape[1:], device=values.device)
+            uniforms = torch.stack([torch.rand_like(values), torch.rand_like(values)], dim=1)
         half_bin = 0.5 / self._per_channel(self._scale, values)
         moved = values + half_bin * (2 * uniforms[:, 0] - 1)
         noisy = torch.where(moved.abs() < 1, moved, values)

@@ -49,7 +49,7 @@ class Pretrained:
         """  # noqa: D205
         if options and self.config.get("_class_name") != AutoencoderIFSQ.__name__:
             raise ValueError(f"`{next(iter(options))}` is for an AutoencoderIFSQ, got a {self.config['_class_name']}.")
-        options |= {"torch_dtype": torch.float32, **self.options}
+        options |= {"dtype": torch.float32, **self.options}
         return load_image_tokenizer(self.name_or_path, sample_size, **options).model.requires_grad_(True)
 
     def load(self, model_class: Any, **config: Any) -> Any:
