@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .checks import describe, is_number
+from .models.checks import describe, is_number
 
 
 # Strength of guidance over a sequence: from progress in [0, 1] to a share of `guidance_scale - 1` in [0, 1].

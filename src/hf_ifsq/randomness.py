@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checks import describe
+from .models.checks import describe
 
 
 def check_generator(generator: Any, num_images: int) -> None:

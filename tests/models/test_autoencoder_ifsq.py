@@ -1,5 +1,6 @@
 import json
 import logging
+import math
 import re
 
 import pytest
@@ -373,3 +374,44 @@ def test_tiles_do_not_overflow_in_half_precision(make_autoencoder):
     codes = torch.full((1, 3, 300, 256), 0.699, dtype=torch.float16)
     tiled = model._tiled(lambda tile: tile.repeat_interleave(4, -1).repeat_interleave(4, -2), codes, 1, 4)
     assert tiled.dtype == torch.float16 and torch.equal(tiled, torch.full_like(tiled, 0.699))
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "in_channels": [0, 2.5, "3", True],
+        "out_channels": [-1, None],
+        "block_out_channels": [(), None, "ab", (8, 9), (8, 0), (8.0,), 8],
+        "layers_per_block": [0, 1.5],
+        "norm_num_groups": [0, "4", 5],
+        "z_channels": [0, "a"],
+        "levels": [None, (), (5, 1), "555"],
+        "alpha": [0, "1.6"],
+        "sample_size": [None, 0, "16", 16.0, (16, 15)],
+        "scaling_factor": [0, -1.0, math.nan, "1", None],
+        "equal_bins": [3],
+    }.items(),
+)
+def test_config_names_what_is_wrong(make_autoencoder, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            make_autoencoder(**{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16], ids=str)
+def test_indices_of_any_integer_type(make_autoencoder, dtype):
+    model, indices = make_autoencoder(), torch.randint(60, (1, 4, 4))
+    assert torch.equal(model.decode_indices(indices.to(dtype)).sample, model.decode_indices(indices).sample)
+
+
+def test_tensors_of_another_kind(make_autoencoder):
+    model = make_autoencoder()
+    images, codes = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 4, 4)
+    for method, name, right in ((model.encode, "pixel_values", images), (model.decode, "codes", codes)):
+        for wrong in (None, right.tolist(), right.bfloat16(), right.long(), right.to("meta")):
+            with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
+                method(wrong)
+        with torch.autocast("cpu", torch.bfloat16):
+            method(right.bfloat16())
+    with torch.device("meta"):
+        assert make_autoencoder()(images.to("meta")).indices.shape == (1, 4, 4)

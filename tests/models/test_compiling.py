@@ -142,3 +142,15 @@ def test_export_of_the_ar_model(make_ar, vocab_sizes):
     with torch.no_grad():
         exported = torch.export.export(model, (), inputs).module()
         torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits)
+
+
+def test_export_for_any_batch(make_ar, make_dit):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    for model, inputs in (
+        (ar := make_ar(vocab_sizes=[4, 3], class_dropout_prob=0.0), ar_inputs(ar)),
+        (make_dit(), dit_inputs()),
+    ):
+        more = {name: torch.cat([values, values, values]) for name, values in inputs.items()}
+        with torch.no_grad():
+            exported = torch.export.export(model, (), inputs, dynamic_shapes={name: {0: batch} for name in inputs})
+            torch.testing.assert_close(exported.module()(**more).to_tuple()[0], model(**more).to_tuple()[0])

@@ -1,4 +1,5 @@
 import cmath
+import inspect
 import math
 import re
 
@@ -616,11 +617,123 @@ def test_grid_size_may_be_the_side_of_a_square(make_ar, tmp_path):
     assert IFSQARConfig.from_pretrained(tmp_path, grid_size=2).num_tokens == 4
 
 
-def test_what_a_trainer_takes_for_predictions(make_ar):
-    model = make_ar(vocab_sizes=[4, 3])
+@pytest.mark.parametrize("vocab_sizes", [[12], [4, 3]], ids=["1", "2"])
+def test_what_a_trainer_takes_for_predictions_and_labels(make_ar, vocab_sizes):
+    model = make_ar(vocab_sizes=vocab_sizes)
     class_labels, indices = random_inputs(model)
     data = [{"class_labels": label, "input_ids": row, "labels": row} for label, row in zip(class_labels, indices)]
     arguments = TrainingArguments(use_cpu=True, report_to=[], disable_tqdm=True)
-    predictions = Trainer(model, arguments).predict(data).predictions
+    output = Trainer(model, arguments).predict(data)
     expected = model(class_labels, indices).logits.detach().numpy()
-    assert predictions.shape == (2, 12, 7) and abs(predictions - expected).max() < 1e-5
+    assert output.predictions.shape == (2, 12, sum(vocab_sizes))
+    assert abs(output.predictions - expected).max() < 1e-5
+    assert output.label_ids.tolist() == indices.tolist()
+
+
+def test_the_signature_of_forward_is_plain_to_everybody_else(make_ar):
+    signature = inspect.signature(make_ar().forward)
+    assert list(signature.parameters)[:3] == ["class_labels", "input_ids", "labels"]
+    assert signature.bind(1, labels=2).arguments == {"class_labels": 1, "labels": 2}
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("train", [False, True])
+def test_ids_of_any_integer_type(make_ar, dtype, train):
+    # A null class, and whole ids of 12 * 20 values, of which int8 holds half.
+    model = make_ar(vocab_sizes=[12, 20], num_classes=120, class_dropout_prob=0.5).train(train)
+    labels, ids = torch.tensor([3, 119]), torch.randint(127 if dtype == torch.int8 else 240, (2, 12))
+
+    def run(convert):
+        torch.manual_seed(0)
+        return model(convert(labels), convert(ids), labels=convert(ids))
+
+    expected, output = run(lambda values: values), run(lambda values: values.to(dtype))
+    assert torch.equal(output.loss, expected.loss)
+    assert train or torch.equal(output.logits, expected.logits)
+    if not train:
+        generate = [model.generate(given, guidance_scale=2.0, do_sample=False) for given in (labels, labels.to(dtype))]
+        assert torch.equal(*generate)
+
+
+@pytest.mark.parametrize("name", ["class_labels", "input_ids", "labels"])
+def test_bool_is_no_id(make_ar, name):
+    model = make_ar()
+    class_labels, indices = random_inputs(model)
+    inputs = {"class_labels": class_labels, "input_ids": indices, "labels": indices}
+    with pytest.raises(ValueError, match=f"`{name}` must be integers.*bool"):
+        model(**{**inputs, name: inputs[name].bool()})
+
+
+@pytest.mark.parametrize("vocab_sizes", [[12], [4, 3]], ids=["1", "2"])
+def test_hooks_on_the_input_embeddings(make_ar, vocab_sizes):
+    model, seen = make_ar(vocab_sizes=vocab_sizes, class_dropout_prob=0.0).train(), []
+    class_labels, indices = random_inputs(model)
+    embeddings = model.get_input_embeddings()
+    assert [name for name in model.state_dict() if "embed_tokens" in name] == [
+        f"model.embed_tokens.{factor}.weight" for factor in range(len(vocab_sizes))
+    ]
+    plain = model(class_labels, indices).logits
+    handle = embeddings.register_forward_hook(lambda module, args, output: seen.append(output) or output + 1.0)
+    assert (model(class_labels, indices).logits - plain).abs().max() > 0.1
+    assert len(seen) == 1 and torch.equal(seen[0], embeddings.forward(indices[:, :-1]))
+    handle.remove()
+    # As adapters need it, whose base model has no gradients.
+    model.requires_grad_(False)
+    model.lm_heads.requires_grad_(True)
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    assert model(class_labels, indices, output_hidden_states=True).hidden_states[-1].requires_grad
+
+
+def test_the_codebook_cannot_be_resized(make_ar):
+    for model in (make_ar(), make_ar().model):
+        with pytest.raises(NotImplementedError, match=r"`vocab_sizes` \[9\].*none can be added"):
+            model.resize_token_embeddings(10)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "num_classes": [0, -1, 2.0, "7", None, True, 10**12],
+        "num_labels": [0, "7", 2.5],
+        "vocab_sizes": [None, "ab", [3.0], [2**31, 2**31, 2**31]],
+        "grid_size": [None, "ab", True, 2**40, [2, 2.0]],
+        "hidden_size": ["a", -8, 0, True],
+        "num_attention_heads": [0, -1],
+        "num_hidden_layers": [0],
+        "intermediate_size": [-4],
+        "rope_theta": [math.nan, 0, -1.0, math.inf],
+        "rms_norm_eps": [math.nan, -1e-5],
+        "initializer_range": [math.nan, -0.02],
+        "dropout": ["a", math.nan, True],
+        "class_dropout_prob": [None],
+        "id2label": [5, {0: 1}, {"x": "cat"}, ["cat"]],
+    }.items(),
+)
+def test_config_names_what_is_wrong(name, values):
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
+            IFSQARConfig(**{name: value})
+    config = IFSQARConfig()
+    if name == "num_classes":
+        with pytest.raises(ValueError, match="`num_classes`.*expected int"):
+            config.num_classes = "7"
+
+
+@pytest.mark.parametrize(
+    "inputs, name",
+    [
+        ({"class_labels": torch.zeros(2, 1, dtype=torch.long)}, "class_labels"),
+        ({"input_ids": torch.zeros(3, 5, dtype=torch.long)}, "input_ids"),
+        ({"input_ids": torch.zeros(2, 13, dtype=torch.long)}, "input_ids"),
+        ({"input_ids": [[1, 2]]}, "input_ids"),
+        ({"past_key_values": ((), ())}, "past_key_values"),
+    ],
+)
+def test_base_model_names_what_is_wrong(make_ar, inputs, name):
+    right = {"class_labels": torch.tensor([1, 2]), "input_ids": torch.zeros(2, 5, dtype=torch.long)}
+    with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
+        make_ar().model(**{**right, **inputs})

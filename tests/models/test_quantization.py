@@ -449,3 +449,44 @@ def test_at_most_half_the_time_of_fsq(one_thread):
             module(z)[0].sum().backward()
             seconds[name].append(time.perf_counter() - start)
     assert statistics.median(seconds["ours"]) <= 0.5 * statistics.median(seconds["fsq"])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64], ids=str
+)
+def test_indices_of_any_integer_type(dtype):
+    quantizer, indices = FiniteScalarQuantizer([5, 4, 3]), torch.arange(60).view(2, 30)
+    assert torch.equal(quantizer.indices_to_codes(indices.to(dtype)), quantizer.indices_to_codes(indices))
+    with pytest.raises(ValueError, match=r"`indices` must be in \[0, 60\).*, 100\]"):
+        quantizer.indices_to_codes((indices + 41).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "levels": [None, 5, "55", {5: 5}, [[5]], torch.tensor([5, 5])],
+        "alpha": [None, "1.6", True, 10**400, [1.6]],
+        "bound": [None, 3, ["sigmoid"], torch.tensor([1, 2])],
+        "equal_bins": [None, 1, "yes"],
+        "noise_prob": [None, "a", math.nan, True],
+    }.items(),
+)
+def test_options_of_wrong_types(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            FiniteScalarQuantizer(**{"levels": [5, 5], name: value})
+
+
+@pytest.mark.parametrize("value", [None, 3, [[0.0, 0.0]], "a"], ids=str)
+def test_tensors_of_wrong_types(value):
+    quantizer = FiniteScalarQuantizer([5, 5])
+    for name, call in {
+        "z": quantizer,
+        "values": quantizer.nearest_codes,
+        "codes": quantizer.codes_to_indices,
+        "indices": quantizer.indices_to_codes,
+    }.items():
+        with pytest.raises(TypeError, match=f"`{name}` must be a `torch.Tensor`"):
+            call(value)
+    with pytest.raises(ValueError, match="`dtype`"):
+        quantizer.indices_to_codes(torch.tensor([3]), dtype=torch.int64)

@@ -392,3 +392,62 @@ def test_casting_warns_of_no_modules(make_dit):
         assert len(records) == 1 and "norm_out" in records[0]
     finally:
         logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint64], ids=str)
+def test_class_labels_of_any_integer_type(make_dit, dtype, train):
+    # The null class, 300, is more than uint8 holds.
+    model, (latents, timestep, class_labels) = (
+        make_dit(num_classes=300, class_dropout_prob=0.5).train(train),
+        random_inputs(),
+    )
+
+    def run(labels):
+        torch.manual_seed(0)
+        return model(latents, timestep, labels).sample
+
+    assert torch.equal(run(class_labels.to(dtype)), run(class_labels))
+    with pytest.raises(ValueError, match="`class_labels` must be integers.*bool"):
+        run(class_labels.bool())
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "sample_size": [None, "ab", 2.0, True, [4], 10**30],
+        "in_channels": [0, 2.5, "3", None, True],
+        "num_layers": [0, -1, "2"],
+        "num_attention_heads": [0, None],
+        "attention_head_dim": [0, -4, 8.0],
+        "num_classes": [0, -1, "7", None, 10**30],
+        "class_dropout_prob": [None, "a", math.nan],
+        "mlp_ratio": [0, -1.0, math.nan, math.inf, "4"],
+        "norm_type": [None, [], 3],
+        "patch_size": [True, 2.0, "1"],
+        "id2label": [5, ["cat"], {0: 1}],
+        "levels": [5, "abc", (5, 5, 1), (5, 5, 5.0)],
+        "scaling_factor": [0, -1.0, math.nan, "1"],
+        "equal_bins": [1, "yes"],
+    }.items(),
+)
+def test_config_names_what_is_wrong(make_dit, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            make_dit(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["hidden_states", "timestep", "class_labels"])
+def test_inputs_of_wrong_types(make_dit, name):
+    inputs = dict(zip(("hidden_states", "timestep", "class_labels"), random_inputs(), strict=True))
+    for value in (None, "a", 0.5, [1, 2], inputs[name].bool(), inputs[name].to(torch.complex64)):
+        with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
+            make_dit()(**{**inputs, name: value})
+
+
+def test_latents_of_another_dtype(make_dit):
+    model, (latents, timestep, class_labels) = make_dit(), random_inputs()
+    with pytest.raises(ValueError, match="`hidden_states` has dtype torch.bfloat16, but the model torch.float32"):
+        model(latents.bfloat16(), timestep, class_labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(latents.bfloat16(), timestep, class_labels).sample.isfinite().all()

@@ -185,6 +185,20 @@ def test_number_of_steps_and_guidance_scale(make_pipeline, scheduler):
     assert seen == [(step, 5, 2.0) for step in range(5)]
 
 
+def test_guidance_scale_of_the_generation_config(make_pipeline):
+    pipeline, seen = make_pipeline("ar"), []
+
+    def callback(pipe, step, timestep, values):
+        seen.append(pipe.guidance_scale)
+        return values
+
+    for configured, given, expected in ((None, {}, 1.0), (1.5, {}, 1.5), (1.5, {"guidance_scale": 2.0}, 2.0)):
+        pipeline.transformer.generation_config.guidance_scale = configured
+        pipeline(0, callback_on_step_end=callback, **given)
+        assert set(seen) == {expected}
+        seen.clear()
+
+
 @pytest.mark.parametrize("batch_size", [None, 1])
 @pytest.mark.parametrize(
     "scheduler",

@@ -126,12 +126,21 @@ def are_names(name):
     return lambda value: isinstance(value, (list, tuple)) and all(each == name for each in value)
 
 
+def are_options(check):
+    """One for both factors of a token, or one each."""
+
+    def check_options(value):
+        return all(map(check, value)) and len(value) == 2 if isinstance(value, (list, tuple)) else check(value)
+
+    return check_options
+
+
 COMMON = {
     "class_labels": are_labels,
     "num_images_per_label": lambda value: is_integer(value, 1, 100_000),
     "guidance_scale": lambda value: is_number(value, 1, 10_000),
     "guidance_interval": is_interval,
-    "batch_size": lambda value: value is None or is_integer(value, 1),
+    "batch_size": lambda value: value is None or is_integer(value, 1, 2**20),
     "generator": are_generators,
     "output_type": lambda value: isinstance(value, str) and value in ("pil", "np", "pt", "latent"),
     "return_dict": is_bool,
@@ -141,6 +150,9 @@ SENSIBLE = {
         **COMMON,
         "guidance_schedule": lambda value: isinstance(value, str) and value in ("constant", "linear", "cosine"),
         "do_sample": is_bool,
+        "temperature": are_options(lambda value: is_number(value, 1e-30, 1e30)),
+        "top_k": are_options(lambda value: value is None or is_integer(value, 1)),
+        "top_p": are_options(lambda value: value is None or is_number(value, 0, 1)),
         "callback_on_step_end": is_callback("indices", torch.zeros(NUM_LABELS, 12, dtype=torch.long)),
         "callback_on_step_end_tensor_inputs": are_names("indices"),
     },

@@ -1,9 +1,11 @@
 """Checks of arguments, whose errors name the argument, what it got and what it takes. None reads a tensor's values."""
 
 import math
+import reprlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -22,10 +24,37 @@ INTEGER_DTYPES = {
 }
 
 
+def describe(value: Any) -> str:
+    """What an error says of a value that it got: kind and shape of a tensor, the beginning of anything long."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, int) and value.bit_length() > 1000:
+        # Python refuses to print the largest.
+        return f"an integer of {value.bit_length()} bits"
+    return reprlib.repr(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is an integer or a float, of numpy too. `True` and `False` are none."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether it is a tensor whose values can be read: neither sparse nor on the meta device."""
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+
+
+def as_integer(value: Any, name: str, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+    """As an `int`, an integer in [minimum, maximum], of numpy too; anything else is a `ValueError`."""
+    integer = int(value) if isinstance(value, np.integer) else value
+    check_integer(integer, name, minimum, maximum)
+    return integer
+
+
 def check_integer(value: Any, name: str, minimum: int = 1, maximum: int = MAX_SIZE) -> None:
     """Raise a `ValueError` unless it is an `int` in [minimum, maximum]; a `bool` is none."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        raise ValueError(f"`{name}` must be an integer in [{minimum}, {maximum}], got {value!r}.")
+        raise ValueError(f"`{name}` must be an integer in [{minimum}, {maximum}], got {describe(value)}.")
 
 
 def check_integers(values: Any, name: str, minimum: int = 1, maximum: int = MAX_SIZE) -> None:
@@ -52,8 +81,8 @@ def check_positive(value: Any, name: str) -> None:
 
 def check_flag(value: Any, name: str) -> None:
     """Raise a `ValueError` unless it is `True` or `False`."""
-    if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` must be True or False, got {describe(value)}.")
 
 
 def check_choice(value: Any, name: str, choices: Collection[Any]) -> None:

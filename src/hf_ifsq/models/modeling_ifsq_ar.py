@@ -274,6 +274,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_heads = nn.ModuleList([nn.Linear(config.hidden_size, size, bias=False) for size in config.vocab_sizes])
         self.post_init()
+        # transformers takes over what `model` alone may find too much.
+        self._keys_to_ignore_on_load_unexpected = set()
 
     @_class_labels_are_inputs
     @can_return_tuple

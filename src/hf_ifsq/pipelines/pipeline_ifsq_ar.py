@@ -8,11 +8,10 @@ import torch
 from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..checks import check_bool
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.grid import as_grid
 from ..models.modeling_ifsq_ar import IFSQARForImageGeneration
-from ..models.sampling_ifsq_ar import AS_CONFIGURED
+from ..models.sampling_ifsq_ar import AS_CONFIGURED, sampling_options
 from ..randomness import image_generators
 from .pipeline_utils import ClassConditionalPipeline
 
@@ -114,13 +113,21 @@ class IFSQARPipeline(ClassConditionalPipeline):
         labels, batches = self._prepare(
             class_labels, num_images_per_label, batch_size, generator, output_type, return_dict
         )
-        if do_sample is AS_CONFIGURED:
-            do_sample = self.transformer.generation_config.do_sample is not False
-        check_bool("do_sample", do_sample)
         shown = self._shown_to_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        generators = image_generators(generator, len(labels)) if do_sample else None
         config = self.transformer.config
-        self._guidance_scale, self._num_timesteps, self._interrupt = guidance_scale, config.num_tokens, False
+        given = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "guidance_interval": guidance_interval,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "do_sample": do_sample,
+        }
+        options = sampling_options(given, None, self.transformer.generation_config, len(config.vocab_sizes))
+        generators = image_generators(generator, len(labels)) if options["do_sample"] else None
+        self._guidance_scale, self._num_timesteps = options["guidance_scale"], config.num_tokens
+        self._interrupt = False
 
         # 2. Generate the tokens and decode them.
         outputs = []
@@ -136,7 +143,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
                             f"but they span [{changed.min().item()}, {changed.max().item()}]."
                         )
                     indices.copy_(changed)
-                    if self._guidance_scale != guidance_scale:
+                    if self._guidance_scale != options["guidance_scale"]:
                         raise ValueError(
                             "`callback_on_step_end` must leave the guidance scale alone, whose rows are laid out "
                             "beforehand: give `guidance_interval`."
@@ -147,13 +154,7 @@ class IFSQARPipeline(ClassConditionalPipeline):
             for batch in batches:
                 indices = self.transformer.generate(
                     labels[batch],
-                    guidance_scale=guidance_scale,
-                    guidance_schedule=guidance_schedule,
-                    guidance_interval=guidance_interval,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    do_sample=do_sample,
+                    **options,
                     generator=None if generators is None else generators[batch],
                     callback=on_step_end,
                 ).unflatten(1, as_grid(config.grid_size))

@@ -18,9 +18,9 @@ from diffusers import (
 )
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ..checks import check_bool, check_integer, describe, is_tensor
 from ..guidance import check_guidance, guide
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
+from ..models.checks import as_integer, check_flag, describe, is_tensor
 from ..models.grid import as_grid
 from ..models.transformer_ifsq_dit import IFSQDiTTransformer2DModel
 from ..randomness import draw, image_generators
@@ -143,8 +143,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         labels, batches = self._prepare(
             class_labels, num_images_per_label, batch_size, generator, output_type, return_dict
         )
-        check_bool("snap_to_codes", snap_to_codes)
-        num_inference_steps = check_integer("num_inference_steps", num_inference_steps, 1, MAX_STEPS)
+        check_flag(snap_to_codes, "snap_to_codes")
+        num_inference_steps = as_integer(num_inference_steps, "num_inference_steps", maximum=MAX_STEPS)
         check_guidance(guidance_scale, guidance_interval, self.transformer.config.class_dropout_prob)
         shown = self._shown_to_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_scheduler()

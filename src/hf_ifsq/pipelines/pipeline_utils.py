@@ -14,8 +14,8 @@ from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, _unwrap
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from torch import nn
 
-from ..checks import check_bool, check_integer, describe, is_tensor
 from ..cpu_kernels import enable_cpu_kernels
+from ..models.checks import as_integer, check_flag, describe, is_tensor
 from ..models.image_tokenizer import ImageTokenizer, as_image_tokenizer
 from ..randomness import check_generator
 
@@ -139,11 +139,11 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
             raise ValueError("The pipeline is on the meta device, where models have no weights: load it again.")
         if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {describe(output_type)}.")
-        check_bool("return_dict", return_dict)
-        repeats = check_integer("num_images_per_label", num_images_per_label, 1, MAX_IMAGES_PER_LABEL)
+        check_flag(return_dict, "return_dict")
+        repeats = as_integer(num_images_per_label, "num_images_per_label", maximum=MAX_IMAGES_PER_LABEL)
         labels = torch.tensor(self._class_ids(class_labels), device=device).repeat_interleave(repeats)
         check_generator(generator, len(labels))
-        step = len(labels) if batch_size is None else min(check_integer("batch_size", batch_size, 1), len(labels))
+        step = len(labels) if batch_size is None else min(as_integer(batch_size, "batch_size"), len(labels))
         return labels, [slice(start, start + step) for start in range(0, len(labels), step)]
 
     def _class_ids(self, class_labels: ClassLabels) -> list[int]:
