@@ -151,7 +151,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
         # The row after the last class is the null class. Without class dropout it would never be trained.
         num_rows = config.num_classes + (config.class_dropout_prob > 0)
         self.embed_classes = nn.Embedding(num_rows, config.hidden_size)
-        self.embed_tokens = FactorEmbeddings(*[nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
+        self.embed_tokens = FactorEmbeddings(config.vocab_sizes, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(IFSQARDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
@@ -270,6 +270,10 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         # transformers takes over what `model` alone may find too much.
         self._keys_to_ignore_on_load_unexpected = set()
 
+    def get_output_embeddings(self) -> nn.ModuleList:
+        """The heads, which quantizers leave as they are."""
+        return self.lm_heads
+
     @_class_labels_are_inputs
     @can_return_tuple
     def forward(
@@ -362,8 +366,8 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
             self._check_class_labels(class_labels)
             if class_labels.shape[0] != input_ids.shape[0]:
                 raise ValueError(
-                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, got "
-                    f"shape {tuple(class_labels.shape)}."
+                    f"`class_labels` must have one label for each of the {input_ids.shape[0]} rows of `input_ids`, "
+                    f"got shape {tuple(class_labels.shape)}."
                 )
         elif past_key_values is None:
             raise ValueError("`class_labels` must be given, unless `past_key_values` holds the class already.")
