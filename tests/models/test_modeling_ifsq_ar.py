@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModel, DynamicCache, Trainer, TrainingArguments
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARModel
 from hf_ifsq.models import modeling_ifsq_ar
@@ -737,3 +738,33 @@ def test_base_model_names_what_is_wrong(make_ar, inputs, name):
     right = {"class_labels": torch.tensor([1, 2]), "input_ids": torch.zeros(2, 5, dtype=torch.long)}
     with pytest.raises((ValueError, TypeError), match=f"`{name}`"):
         make_ar().model(**{**right, **inputs})
+
+
+class Wrapped(torch.nn.Module):
+    """A layer in another, as adapters wrap it: the attributes of the layer are gone."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args):
+        return self.layer(*args)
+
+
+def test_embeddings_may_be_wrapped(make_ar):
+    model = make_ar(vocab_sizes=[4, 3])
+    class_labels, indices = random_inputs(model)
+    expected = model(class_labels, indices).logits
+    model.model.embed_classes = Wrapped(model.model.embed_classes)
+    for factor in range(2):
+        model.model.embed_tokens[factor] = Wrapped(model.model.embed_tokens[factor])
+    assert torch.equal(model(class_labels, indices).logits, expected)
+    assert model.generate(class_labels).shape == (2, 12)
+
+
+def test_quantizers_leave_all_heads_alone(make_ar):
+    model = make_ar(vocab_sizes=[4, 3])
+    kept = get_keys_to_not_convert(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert {name for name in linear if any(name.startswith(key) for key in kept)} == {"lm_heads.0", "lm_heads.1"}
+    assert len(linear) == 2 + 4 * 4

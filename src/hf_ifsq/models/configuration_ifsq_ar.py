@@ -53,7 +53,7 @@ def _with_value_errors(config_class: type) -> type:
             except (StrictDataclassError, ValueError) as error:
                 # `__setattr__` gets the name of a field.
                 name = f"`{args[0]}`: " if args else ""
-                raise InvalidConfigError(f"{name}{error.__cause__ or error}") from error
+                raise InvalidConfigError(f"{name}{error.__cause__ or error}") from (error.__cause__ or error)
 
         return call
 

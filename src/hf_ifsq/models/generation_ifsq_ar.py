@@ -254,7 +254,8 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         self._check_class_labels(class_labels)
         check_has_values(class_labels, "class_labels")
         class_labels = class_labels.long()
-        last = self.model.embed_classes.num_embeddings - 1
+        # The null class is one more.
+        last = self.config.num_classes - (self.config.class_dropout_prob == 0)
         if class_labels.min() < 0 or class_labels.max() > last:
             raise ValueError(
                 f"`class_labels` must be in [0, {last}] for a model of {self.config.num_classes} classes, got "

@@ -28,11 +28,14 @@ def split_indices(indices: torch.Tensor, vocab_sizes: Sequence[int]) -> list[tor
 class FactorEmbeddings(nn.Sequential):
     """Embedding tables, one for each factor of a token; not one after another, but side by side."""
 
+    def __init__(self, vocab_sizes: Sequence[int], hidden_size: int):
+        super().__init__(*[nn.Embedding(size, hidden_size) for size in vocab_sizes])
+        self.vocab_sizes = list(vocab_sizes)
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of whole token ids, of a shape with `hidden_size` added: the sum over their factors."""
-        tables = [cast(nn.Embedding, table) for table in self]
-        factors = split_indices(input_ids.long(), [table.num_embeddings for table in tables])
-        return functools.reduce(torch.add, [table(factor) for table, factor in zip(tables, factors, strict=True)])
+        factors = split_indices(input_ids.long(), self.vocab_sizes)
+        return functools.reduce(torch.add, [table(factor) for table, factor in zip(self, factors, strict=True)])
 
     def embed_factor(self, position: int, values: torch.Tensor) -> torch.Tensor:
         """Embeddings of values of one factor, of a shape with `hidden_size` added."""

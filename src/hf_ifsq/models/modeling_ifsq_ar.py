@@ -151,7 +151,7 @@ class IFSQARModel(IFSQARPreTrainedModel):
         # The row after the last class is the null class. Without class dropout it would never be trained.
         num_rows = config.num_classes + (config.class_dropout_prob > 0)
         self.embed_classes = nn.Embedding(num_rows, config.hidden_size)
-        self.embed_tokens = FactorEmbeddings(*[nn.Embedding(size, config.hidden_size) for size in config.vocab_sizes])
+        self.embed_tokens = FactorEmbeddings(config.vocab_sizes, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(IFSQARDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.post_init()
@@ -276,6 +276,10 @@ class IFSQARForImageGeneration(IFSQARGenerationMixin, IFSQARPreTrainedModel):
         self.post_init()
         # transformers takes over what `model` alone may find too much.
         self._keys_to_ignore_on_load_unexpected = set()
+
+    def get_output_embeddings(self) -> nn.ModuleList:
+        """The heads, which quantizers leave as they are."""
+        return self.lm_heads
 
     @_class_labels_are_inputs
     @can_return_tuple

@@ -305,7 +305,8 @@ class IFSQDiTTransformer2DModel(DiffusersLoadingMixin, ModelMixin, ConfigMixin):
     def _fixed_positions(self, grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Sine-cosine positions, `(rows * columns, hidden_size)`: the first half of the channels is the column."""
         rows, columns = torch.meshgrid(*[torch.arange(size, device=device) for size in grid], indexing="ij")
-        return get_2d_sincos_pos_embed_from_grid(self.class_embed.embedding_dim, torch.stack([columns, rows])).float()
+        hidden_size = self.config["num_attention_heads"] * self.config["attention_head_dim"]
+        return get_2d_sincos_pos_embed_from_grid(hidden_size, torch.stack([columns, rows])).float()
 
     def _init_weights(self) -> None:
         """As in DiT: Xavier weights, small embeddings, and zeros where a block or the model begins as the identity."""
