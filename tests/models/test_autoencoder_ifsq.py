@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL
 from torch._subclasses import FakeTensorMode
@@ -265,6 +266,8 @@ def test_compiled(make_autoencoder, options):
 
 
 def test_prepared_for_mixed_precision(make_autoencoder):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     model, pixel_values = make_autoencoder().train(), images()
     expected = model(pixel_values)
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)

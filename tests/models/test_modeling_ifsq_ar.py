@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModel, DynamicCache, Trainer, TrainingA
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARModel
-from hf_ifsq.models import modeling_ifsq_ar
-from hf_ifsq.models.modeling_ifsq_ar import linear_cross_entropy
+from hf_ifsq.models import layers_ifsq_ar
+from hf_ifsq.models.layers_ifsq_ar import linear_cross_entropy
 
 
 FACTORS = {1: [12], 2: [4, 3], 3: [3, 5, 2], 4: [2, 3, 2, 4]}
@@ -556,7 +556,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("rows", [3, 7, 100])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_linear_cross_entropy_equals_that_of_all_scores(monkeypatch, rows, bfloat16):
-    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 50 * rows)
+    monkeypatch.setattr(layers_ifsq_ar, "MAX_SCORES", 50 * rows)
     states, head = torch.randn(20, 6, requires_grad=True), torch.nn.Linear(6, 50, bias=False)
     targets = torch.randint(50, (20,))
     targets[[2, 11]] = -100
@@ -580,7 +580,7 @@ def test_training_never_holds_all_scores(make_ar, monkeypatch, vocab_sizes):
     indices = torch.randint(model.config.codebook_size, (50, 12))
     expected = model(class_labels, indices, labels=indices)
     # Fewer than the weights of a head.
-    monkeypatch.setattr(modeling_ifsq_ar, "MAX_SCORES", 64 * 3000)
+    monkeypatch.setattr(layers_ifsq_ar, "MAX_SCORES", 64 * 3000)
     model.config.class_dropout_prob = 0.0
     with LargestTensor() as largest:
         output = model.train()(class_labels, indices, labels=indices)

@@ -15,7 +15,7 @@ from machine import MemoryWatch, describe, print_table, synchronize
 from transformers import HfArgumentParser
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration
-from hf_ifsq.models import modeling_ifsq_ar
+from hf_ifsq.models import layers_ifsq_ar
 from hf_ifsq.training.arguments import argument
 
 
@@ -32,14 +32,14 @@ class BenchmarkArguments:
 def main(args: BenchmarkArguments) -> list[dict[str, object]]:
     device = torch.device(args.device)
     print(f"{describe(device)}, size {args.size}, {args.batch_size} images, mixed precision {args.mixed_precision}\n")
-    usual = modeling_ifsq_ar.MAX_SCORES
+    usual = layers_ifsq_ar.MAX_SCORES
     rows = []
     for name, vocab_sizes, max_scores in (
         ("two heads over 289", [289, 289], usual),
         ("one head over 83,521", [83521], usual),
         ("one head, all scores at once", [83521], 2**62),
     ):
-        modeling_ifsq_ar.MAX_SCORES = max_scores
+        layers_ifsq_ar.MAX_SCORES = max_scores
         seconds, memory = measure(args, vocab_sizes, device)
         rows.append({"heads": name, "seconds": seconds, "memory beside weights (MiB)": round(memory)})
     print_table(rows)

@@ -193,8 +193,7 @@ class _VQTokenizer(ImageTokenizer):
         return self._nearest_indices(self.model.encode(pixel_values).latents)
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
-        check_indices(indices, self.require_codebook())
-        return self._look_up(indices).movedim(-1, 1)
+        return self._look_up(check_indices(indices, self.require_codebook())).movedim(-1, 1)
 
     def _nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
         return self.indices_to_codes(self._nearest_indices(values)).to(values.dtype)

@@ -1,4 +1,4 @@
-"""The transformer layers of the AR model."""
+"""The layers of the AR model: embeddings, transformer layers, the loss of a head, and decoding."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -8,12 +8,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_ifsq_ar import IFSQARConfig
 from .rotary import apply_rotary_2d
+
+
+# Scores that exist at a time in the training of a head: 256 MiB in float32.
+MAX_SCORES = 2**26
 
 
 def split_indices(indices: torch.Tensor, vocab_sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -147,6 +152,31 @@ def run_layers(
         if outputs is not None:
             outputs.append(hidden_states)
     return hidden_states
+
+
+def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    Mean cross-entropy in nats, a float32 scalar, of a linear head that reads `(rows, hidden_size)`, for targets
+    `(rows,)` in [0, vocab_size), or -100 for rows that do not count. The scores, over a codebook of 83,521 the largest
+    tensors of a training step by far, are computed some rows at a time, and once more for the gradients.
+    """
+    device_type = hidden_states.device.type
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def summed_losses(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # With its cache, autocast would add up the gradients of all parts in low precision.
+        with torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False):
+            scores = head(states)
+        return F.cross_entropy(scores.float(), ids, reduction="sum")
+
+    rows = max(1, MAX_SCORES // head.out_features)
+    if targets.shape[0] <= rows:
+        total = summed_losses(hidden_states, targets)
+    else:
+        parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
+        losses = [checkpoint(summed_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        total = torch.stack(losses).sum()
+    return total / (targets != -100).sum()
 
 
 class Decoder(nn.Module):

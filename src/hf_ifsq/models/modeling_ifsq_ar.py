@@ -8,7 +8,6 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, Cache, DynamicCache, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -19,13 +18,9 @@ from .checks import as_ids
 from .configuration_ifsq_ar import IFSQARConfig
 from .generation_ifsq_ar import IFSQARGenerationMixin
 from .grid import as_grid
-from .layers_ifsq_ar import FactorEmbeddings, IFSQARDecoderLayer, run_layers, split_indices
+from .layers_ifsq_ar import FactorEmbeddings, IFSQARDecoderLayer, linear_cross_entropy, run_layers, split_indices
 from .loading import StrictLoadingMixin
 from .rotary import rotary_table_2d
-
-
-# Scores that exist at a time in the training of a head: 256 MiB in float32.
-MAX_SCORES = 2**26
 
 
 @dataclass
@@ -51,31 +46,6 @@ class IFSQAROutput(ModelOutput):
     factor_losses: tuple[torch.Tensor, ...] | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-def linear_cross_entropy(head: nn.Linear, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """
-    Mean cross-entropy in nats, a float32 scalar, of a linear head that reads `(rows, hidden_size)`, for targets
-    `(rows,)` in [0, vocab_size), or -100 for rows that do not count. The scores, over a codebook of 83,521 the largest
-    tensors of a training step by far, are computed some rows at a time, and once more for the gradients.
-    """
-    device_type = hidden_states.device.type
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-
-    def summed_losses(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        # With its cache, autocast would add up the gradients of all parts in low precision.
-        with torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False):
-            scores = head(states)
-        return F.cross_entropy(scores.float(), ids, reduction="sum")
-
-    rows = max(1, MAX_SCORES // head.out_features)
-    if targets.shape[0] <= rows:
-        total = summed_losses(hidden_states, targets)
-    else:
-        parts = zip(hidden_states.split(rows), targets.split(rows), strict=True)
-        losses = [checkpoint(summed_losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        total = torch.stack(losses).sum()
-    return total / (targets != -100).sum()
 
 
 def num_seen(past_key_values: Cache | None) -> int:
