@@ -27,7 +27,7 @@ from hf_ifsq.training.model_card import make_model_card, without_local_paths
 from hf_ifsq.training.optimization import make_optimizer
 from hf_ifsq.training.repa import RepresentationAlignment
 from hf_ifsq.training.run import TrainingRun
-from hf_ifsq.training.tokens import TokenSource
+from hf_ifsq.training.tokens import TokenSource, hash_weights
 
 
 @dataclass
@@ -98,8 +98,9 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     optimizer, lr_scheduler = make_optimizer(
         parameters, run.num_steps, accelerator.num_processes, **values_for(make_optimizer, args)
     )
+    tokenizer_sha256 = hash_weights(tokenizer.model)
     model, optimizer, lr_scheduler, train_loader, *alignments = run.prepare(
-        model, optimizer, lr_scheduler, train_loader, *alignments
+        model, optimizer, lr_scheduler, train_loader, *alignments, tokenizer_sha256=tokenizer_sha256
     )
     # It checks that the model fits the tokenizer.
     pipeline = IFSQDiTPipeline(run.saved_model, tokenizer.model, FlowMatchEulerDiscreteScheduler())

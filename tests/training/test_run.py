@@ -431,7 +431,7 @@ def test_the_schedule_of_a_checkpoint_of_several_processes(start, processes):
     schedule = torch.load(folder / "scheduler.bin", weights_only=True)
     torch.save({**schedule, **states}, folder / "scheduler.bin")
     state = json.loads((folder / "training_state.json").read_text())
-    (folder / "training_state.json").write_text(json.dumps({**state, "num_processes": processes}))
+    (folder / "training_state.json").write_text(json.dumps({**state, "facts": {"num_processes": processes}}))
     run = start(resume_from_checkpoint="latest")
     rates, _ = scheduled(run, lr_scheduler="cosine", learning_rate=1.0)
     assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 12)) for step in range(4, 12)])
@@ -473,6 +473,22 @@ def test_a_model_of_other_options_is_refused_though_its_weights_fit(start):
     prepared(start(resume_from_checkpoint="latest"), factor=1.0, noise_prob=0.2)
     with pytest.raises(ValueError, match=r"`resume_from_checkpoint`.*checkpoint-1 .*`factor` \(1.0, now 2.0\)"):
         prepared(start(resume_from_checkpoint="latest"), factor=2.0, noise_prob=0.5)
+
+
+def test_tokens_of_another_tokenizer_are_refused_and_other_images_said(start, caplog):
+    def begin(run, tokenizer_sha256, count):
+        model = Linear()
+        numbers = Numbers()
+        run.dataloader(torch.utils.data.Subset(numbers, range(count)))
+        run.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), tokenizer_sha256=tokenizer_sha256)
+
+    run = start(checkpointing_steps=1)
+    begin(run, "abc", 11)
+    run.end_step(0.1)
+    with pytest.raises(ValueError, match=r"another model: `tokenizer_sha256` \(abc, now def\)"):
+        begin(start(resume_from_checkpoint="latest"), "def", 11)
+    begin(start(resume_from_checkpoint="latest"), "abc", 9)
+    assert any("`num_images` (11, now 9)" in record.getMessage() for record in caplog.records)
 
 
 def test_a_moving_average_does_not_get_lost(start):

@@ -121,14 +121,19 @@ def load_state(checkpoint: Path, accelerator: Accelerator, num_processes: int) -
         raise _unreadable(checkpoint, error) from error
 
 
-def circumstances(accelerator: Accelerator, model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is trained with, as its checkpoints store it: processes, precision, arguments, the model's config."""
+def circumstances(
+    model: Any, arguments: Mapping[str, Any], tokenizer_sha256: str | None, **facts: Any
+) -> dict[str, Any]:
+    """
+    What a run is trained with, as its checkpoints store it: arguments, other `facts`, the config of the model, and the
+    hash of the tokenizer that made its tokens.
+    """  # noqa: D205
     config = model.config.to_dict() if isinstance(model, PreTrainedModel) else dict(model.config)
+    config = {**config, "tokenizer_sha256": tokenizer_sha256}
     values = {
-        "num_processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
         "arguments": {name: without_local_paths(arguments[name]) for name in arguments if name not in OPERATIONAL},
         "config": {name: config[name] for name in config if name[0] != "_" and name not in ABOUT_FILES},
+        "facts": facts,
     }
     # As it is read back: with lists for tuples and with strings for integer keys.
     return json.loads(json.dumps(values, default=str))
@@ -140,7 +145,7 @@ def tell_changes(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, 
 
     Raises:
         ValueError: if it has a moving average and the run has none, or the other way round, or if the config of the
-            model is another, which the weights may fit all the same.
+            model is another, which the weights may fit all the same, or another tokenizer made its tokens.
     """
     has_average = "ema_steps" in before
     if use_ema != has_average:
@@ -148,15 +153,14 @@ def tell_changes(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, 
             f"`use_ema` is {use_ema}, but the checkpoint {checkpoint} has {'a' if has_average else 'no'} moving "
             "average: give the same, or begin a new run with its weights."
         )
-    changes = {name: differences(before.get(name, {}), now[name]) for name in ("arguments", "config")}
+    changes = {name: differences(before.get(name, {}), now[name]) for name in now}
     refused = [text for name, text in changes["config"].items() if name not in TRAINING_SETTINGS]
     if refused:
         raise ValueError(
             f"`resume_from_checkpoint` {checkpoint} is of another model: {', '.join(refused)}. Give the arguments of "
             "before, or begin a new run with its weights."
         )
-    others = differences(before, {name: now[name] for name in ("num_processes", "precision")})
-    told = [*changes["arguments"].values(), *others.values()]
+    told = [*changes["arguments"].values(), *changes["facts"].values()]
     if told:
         logger.warning(f"Changed since {checkpoint.name}, and in effect from now on: {', '.join(told)}.")
 

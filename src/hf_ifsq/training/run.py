@@ -120,6 +120,8 @@ class TrainingRun:
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._ema: EMAModel | None = None
         self._saved_model: Any = None
+        self._num_images = 0
+        self._tokenizer_sha256: str | None = None
         self.checkpoints = Checkpoints(self.folder, self.checkpoints_total_limit)
         self._checkpoint = self.checkpoints.find(self.resume_from_checkpoint)
         self._state = read_state(self._checkpoint)
@@ -176,6 +178,7 @@ class TrainingRun:
         read: as many batches as there are forward passes to come.
         """
         count, batch_size = len(dataset), self.global_batch_size  # type: ignore[arg-type]  # `Dataset` has no length
+        self._num_images = count
         if self.max_train_steps is None:
             self.max_train_steps = math.ceil(self.num_train_epochs * count / batch_size)
         stop = self.samples_seen + (self.num_steps - self.global_step) * batch_size
@@ -196,12 +199,19 @@ class TrainingRun:
         options |= {"num_workers": self.dataloader_num_workers, "generator": torch.Generator()}
         return DataLoader(dataset, batch_size=self.train_batch_size, **options)
 
-    def prepare(self, model: nn.Module, *others: Any, saved: ModelMixin | PreTrainedModel | None = None) -> tuple:
+    def prepare(
+        self,
+        model: nn.Module,
+        *others: Any,
+        saved: ModelMixin | PreTrainedModel | None = None,
+        tokenizer_sha256: str | None = None,
+    ) -> tuple:
         """
         Prepare the trained model and whatever goes with it (optimizers, schedules, dataloader, further trained
         modules) for the devices, make `saved_model` of `saved`, by default of the model itself, and load the
-        checkpoint to resume from, if any. Gives all but `saved`, prepared.
+        checkpoint to resume from, if any, of a training on the same tokenizer. Gives all but `saved`, prepared.
         """
+        self._tokenizer_sha256 = tokenizer_sha256
         source = model if saved is None else saved
         model.to(self.accelerator.device)
         # Made before the trained model is wrapped in anything.
@@ -340,7 +350,14 @@ class TrainingRun:
 
     @property
     def _circumstances(self) -> dict[str, Any]:
-        return circumstances(self.accelerator, self.saved_model, self.arguments)
+        return circumstances(
+            self.saved_model,
+            self.arguments,
+            self._tokenizer_sha256,
+            num_processes=self.accelerator.num_processes,
+            precision=self.accelerator.mixed_precision,
+            num_images=self._num_images,
+        )
 
     def _load_checkpoint(self, path: Path, prepared: tuple) -> None:
         logger.info(f"Resuming from {path.name}.")
@@ -351,7 +368,7 @@ class TrainingRun:
             self._ema.optimization_step = self._state["ema_steps"]
         optimizers = [each for each in prepared if isinstance(each, AcceleratedOptimizer)]
         settings = [[{**group, "params": ()} for group in optimizer.param_groups] for optimizer in optimizers]
-        num_processes = self._state.get("num_processes", self.accelerator.num_processes)
+        num_processes = self._state.get("facts", {}).get("num_processes", self.accelerator.num_processes)
         load_state(path, self.accelerator, num_processes)
         # The learning rate and so on are those of this run, not those of the checkpoint.
         for optimizer, groups in zip(optimizers, settings, strict=True):
