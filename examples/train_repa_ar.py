@@ -45,6 +45,8 @@ class ARTrainingArguments(GeneratorArguments):
     dropout: float = argument(0.1, "Dropout of embeddings and residual branches.")
     repa_weight: float = argument(2.0, "Weight of the alignment loss.")
 
+    NOT_NEGATIVE = (*GeneratorArguments.NOT_NEGATIVE, "repa_weight")
+    SHARES = (*GeneratorArguments.SHARES, "dropout")
     ARCHITECTURE = ("size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_factor_layers")
 
 

@@ -48,6 +48,7 @@ class DiTTrainingArguments(GeneratorArguments):
     num_inference_steps: int = argument(50, "Euler steps of the validation pictures.")
 
     POSITIVE = (*GeneratorArguments.POSITIVE, "num_inference_steps")
+    NOT_NEGATIVE = (*GeneratorArguments.NOT_NEGATIVE, "repa_weight")
     ARCHITECTURE = ("size", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim")
 
 

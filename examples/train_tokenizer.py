@@ -80,6 +80,14 @@ class TokenizerTrainingArguments(TrainingArguments):
     discriminator_layers: int = argument(4, "Halvings of the resolution in the discriminator; fewer for small images.")
     num_validation_images: int = argument(16, "Images in the picture of a validation.")
 
+    POSITIVE = (
+        *TrainingArguments.POSITIVE,
+        *("layers_per_block", "latent_channels", "codebook_size", "discriminator_layers", "num_validation_images"),
+    )
+    NOT_NEGATIVE = (
+        *TrainingArguments.NOT_NEGATIVE,
+        *("perceptual_weight", "discriminator_weight", "discriminator_start_step", "bottleneck_weight"),
+    )
     ARCHITECTURE = (
         *("bottleneck", "channels", "block_out_channels", "layers_per_block", "levels", "alpha", "bound"),
         *("equal_bins", "latent_channels", "codebook_size"),
@@ -87,9 +95,6 @@ class TokenizerTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("perceptual_weight", "discriminator_weight", "discriminator_start_step"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
         names = {name for of_bottleneck in BOTTLENECKS.values() for name in of_bottleneck}
         if self.pretrained_model_name_or_path is None:
             check_options(self.bottleneck or "ifsq", [name for name in names if is_given(getattr(self, name))])

@@ -238,3 +238,31 @@ def test_help_names_every_argument():
 def test_validation_pictures_that_could_not_be_made(options, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         GeneratorArguments(dataset_name="images", tokenizer="tokenizer", **options)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *[(name, value) for name in ("seed", "dataloader_num_workers", "lr_warmup_steps") for value in ("-1",)],
+        *[(name, value) for name in ("adam_weight_decay", "adam_epsilon") for value in ("-0.1", "nan", "inf")],
+        *[(name, value) for name in ("adam_beta1", "adam_beta2", "ema_decay") for value in ("1", "-0.1", "nan")],
+        *[(name, value) for name in ("learning_rate", "max_grad_norm", "num_train_epochs") for value in ("0", "nan")],
+        *[(name, "0") for name in ("train_batch_size", "max_train_steps", "checkpoints_total_limit", "resolution")],
+    ],
+)
+def test_numbers_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        parse_args(TrainingArguments, ["--dataset_name", "images", f"--{name}", value])
+
+
+def test_warmup_of_a_schedule_that_has_none():
+    with pytest.raises(ValueError, match="`lr_warmup_steps` must be 0.*'constant'.*'constant_with_warmup'"):
+        parse_args(TrainingArguments, ["--dataset_name", "images", "--lr_warmup_steps", "10"])
+    arguments = ["--dataset_name", "images", "--lr_warmup_steps", "10", "--lr_scheduler", "constant_with_warmup"]
+    assert parse_args(TrainingArguments, arguments).lr_warmup_steps == 10
+
+
+def test_unknown_schedules_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(TrainingArguments, ["--dataset_name", "images", "--lr_scheduler", "cosinus"])
+    assert "--lr_scheduler: invalid choice: 'cosinus'" in capsys.readouterr().err

@@ -38,6 +38,10 @@ ABOUT_IMAGES = (
 )
 
 
+# Those of `diffusers.optimization` that need no further arguments.
+LR_SCHEDULERS = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+
+
 def argument(default: Any, help: str, **metadata: Any) -> Any:
     """A field of a dataclass of arguments: default, text of `--help`, and options of `argparse` such as `choices`."""
     if isinstance(default, list):
@@ -66,9 +70,11 @@ class DataArguments:
     subclass.
     """
 
-    # The arguments of which one names the data, and those that are at least 1.
+    # The arguments of which one names the data, and those that are at least 1, at least 0, or in [0, 1).
     SOURCES: ClassVar[tuple[str, ...]] = ("dataset_name", "train_data_dir")
     POSITIVE: ClassVar[tuple[str, ...]] = ("resolution", "max_train_samples")
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = ("seed", "dataloader_num_workers")
+    SHARES: ClassVar[tuple[str, ...]] = ()
 
     config: str | None = argument(None, "YAML file with arguments; arguments of the command line override it.")
     output_dir: str = argument("outputs/result", "Folder of the result.")
@@ -101,10 +107,15 @@ class DataArguments:
             raise ValueError(f"Give exactly one of {', '.join(names)} or {last_name}, got {sources}.")
         if self.resolution is None and (self.dataset_name or self.train_data_dir):
             self.resolution = 256
-        for name in self.POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for least, checked in ((1, self.POSITIVE), (0, self.NOT_NEGATIVE)):
+            for name in checked:
+                value = getattr(self, name)
+                # A comparison with NaN is false.
+                if value is not None and not least <= value < math.inf:
+                    raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        for name in self.SHARES:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.resolution is not None:
             # It checks its options.
             ImageTransform(
@@ -128,6 +139,13 @@ class TrainingArguments(DataArguments):
         *("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "max_validation_samples"),
         *("logging_steps", "validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
     )
+    NOT_NEGATIVE: ClassVar[tuple[str, ...]] = (
+        *DataArguments.NOT_NEGATIVE,
+        "lr_warmup_steps",
+        "adam_weight_decay",
+        "adam_epsilon",
+    )
+    SHARES: ClassVar[tuple[str, ...]] = ("adam_beta1", "adam_beta2", "ema_decay")
 
     output_dir: str = argument("outputs/model", "Folder of the trained model, its model card and its checkpoints.")
     max_validation_samples: int = argument(1000, "Validate on at most this many images, drawn by the seed.")
@@ -145,7 +163,7 @@ class TrainingArguments(DataArguments):
     mixed_precision: str | None = argument(None, "By default as configured.", choices=["no", "fp16", "bf16"])
 
     learning_rate: float = argument(1e-4, "Learning rate after the warmup.")
-    lr_scheduler: str = argument("constant", "Schedule of the learning rate, a name of `diffusers.optimization`.")
+    lr_scheduler: str = argument("constant", "Schedule of the learning rate.", choices=LR_SCHEDULERS)
     lr_warmup_steps: int = argument(0, "Steps over which the learning rate rises from zero.")
     adam_beta1: float = argument(0.9, "Decay of AdamW's mean of gradients.")
     adam_beta2: float = argument(0.95, "Decay of AdamW's mean of squared gradients.")
@@ -180,8 +198,11 @@ class TrainingArguments(DataArguments):
                     )
         elif self.subfolder is not None:
             raise ValueError(f"`subfolder` is for a `pretrained_model_name_or_path`, got {self.subfolder!r} alone.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be in [0, 1), got {self.ema_decay}.")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
+            raise ValueError(
+                f"`lr_warmup_steps` must be 0 with the `lr_scheduler` 'constant', which has none, got "
+                f"{self.lr_warmup_steps}: give 'constant_with_warmup'."
+            )
 
     def pretrained(self, component: str) -> Pretrained | None:
         """The model to begin with, if one is named; `component` is what it is called in a pipeline."""
@@ -202,7 +223,8 @@ class GeneratorArguments(TrainingArguments):
     """What both generators take: tokens instead of images, the tokenizer, alignment, validation pictures."""
 
     SOURCES = ("token_dataset", "dataset_name", "train_data_dir")
-    POSITIVE = (*TrainingArguments.POSITIVE, "num_images_per_label", "guidance_scale")
+    POSITIVE = (*TrainingArguments.POSITIVE, "num_images_per_label", "guidance_scale", "projector_dim")
+    SHARES = (*TrainingArguments.SHARES, "class_dropout_prob")
 
     token_dataset: str | None = argument(
         None, "Tokens in place of images, of `tokenize_dataset.py`: a folder or Hub name."
