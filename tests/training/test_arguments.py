@@ -265,4 +265,4 @@ def test_warmup_of_a_schedule_that_has_none():
 def test_unknown_schedules_are_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(TrainingArguments, ["--dataset_name", "images", "--lr_scheduler", "cosinus"])
-    assert "--lr_scheduler: invalid choice: 'cosinus'" in capsys.readouterr().err
+    assert "invalid choice: 'cosinus'" in capsys.readouterr().err
