@@ -47,6 +47,7 @@ setup(
         "accelerate>=1.15",
         "datasets>=5.2",
         "diffusers>=0.42,<0.43",
+        "filelock>=3.13",
         "huggingface_hub>=2.4",
         "Jinja2",
         "numpy",

@@ -27,6 +27,7 @@ from hf_ifsq.training.arguments import ABOUT_IMAGES, DataArguments, argument, pa
 from hf_ifsq.training.data import NONE, ImageDataset, load_image_dataset, read_class_names
 from hf_ifsq.training.image_transform import ImageTransform
 from hf_ifsq.training.model_card import without_local_paths
+from hf_ifsq.training.output_folder import LOCK_FILE
 from hf_ifsq.training.tokens import TokenDatasetInfo, fingerprint, hash_weights, remember_tokenizer
 from hf_ifsq.vision.vision_model import Teacher
 
@@ -85,7 +86,10 @@ def main(args: TokenizationArguments) -> None:
     # Validation images are taken as they are.
     num_augmentations = {"train": args.num_augmentations, "validation": 0}
 
-    # 3. The folder, which may have shards of an earlier run already.
+    # 3. The folder, which may have shards of an earlier run already. The main process compares them.
+    hashes = {}
+    if accelerator.is_main_process:
+        hashes = {f"{name}_sha256": fingerprint_images(images) for name, images in data.items()}
     info = TokenDatasetInfo(
         tokenizer={
             "name_or_path": without_local_paths(args.tokenizer),
@@ -96,8 +100,7 @@ def main(args: TokenizationArguments) -> None:
         resolution=args.resolution,
         teacher=teacher_facts,
         num_rows={name: len(images) * max(1, num_augmentations[name]) for name, images in splits.items()},
-        images={name: without_local_paths(getattr(args, name)) for name in IMAGE_SETTINGS}
-        | {f"{name}_sha256": fingerprint_images(images) for name, images in data.items()},
+        images={name: without_local_paths(getattr(args, name)) for name in IMAGE_SETTINGS} | hashes,
         shards={name: getattr(args, name) for name in ("batch_size", "images_per_shard")},
         hf_ifsq_version=hf_ifsq.__version__,
     )
@@ -133,7 +136,8 @@ def main(args: TokenizationArguments) -> None:
         if args.push_to_hub:
             name = args.hub_dataset_id or Path(args.output_dir).resolve().name
             repo = create_repo(name, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
-            upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=args.output_dir)
+            options = {"folder_path": args.output_dir, "ignore_patterns": [LOCK_FILE]}
+            upload_folder(repo_id=repo.repo_id, repo_type="dataset", **options)
     accelerator.end_training()
 
 

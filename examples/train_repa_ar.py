@@ -42,7 +42,9 @@ class ARTrainingArguments(GeneratorArguments):
     num_hidden_layers: int | None = argument(None, "Layers over the grid, in place of those of its size.")
     num_attention_heads: int | None = argument(None, "Attention heads, in place of those of its size.")
     num_factor_layers: int | None = argument(None, "Layers over the factors of a token; by default 2.")
-    dropout: float = argument(0.1, "Dropout of embeddings and residual branches.")
+    dropout: float | None = argument(
+        None, "Dropout of embeddings and residual branches; by default 0.1, or as of the weights begun with."
+    )
     repa_weight: float = argument(2.0, "Weight of the alignment loss.")
 
     NOT_NEGATIVE = (*GeneratorArguments.NOT_NEGATIVE, "repa_weight")
@@ -63,7 +65,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         validation_loader = run.evaluation_dataloader(source.validation_data)
 
     # 2. Model.
-    pretrained = args.pretrained("transformer")
+    pretrained = args.pretrained("transformer", IFSQARForImageGeneration)
     vocab_sizes = args.vocab_sizes or (pretrained and pretrained.config["vocab_sizes"]) or []
     if not args.vocab_sizes and math.prod(vocab_sizes) != tokenizer.require_codebook():
         vocab_sizes = [tokenizer.require_codebook()]
@@ -73,10 +75,10 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         "grid_size": list(tokenizer.grid_size),
         "id2label": id2label,
     }
-    dropouts = {"dropout": args.dropout, "class_dropout_prob": args.class_dropout_prob}
+    dropouts = args.given(["dropout", "class_dropout_prob"])
     if pretrained is None:
-        sizes = {name: getattr(args, name) for name in args.ARCHITECTURE if getattr(args, name) is not None}
-        model = IFSQARForImageGeneration(IFSQARConfig.from_size(**{"size": "B", **sizes}, **about_data, **dropouts))
+        sizes = {"size": "B", **args.given(args.ARCHITECTURE)}
+        model = IFSQARForImageGeneration(IFSQARConfig.from_size(**sizes, **about_data, **dropouts))
     else:
         model = pretrained.load(IFSQARForImageGeneration, **about_data, **dropouts)
     config = model.config
@@ -110,7 +112,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
         # Drawn for each image, so that several processes train like one; the masks of dropout are not.
         uniforms = draw(torch.rand, (), generators_at(args.seed, batch["position"]), indices.device)
         options = {
-            "class_dropout_mask": uniforms < args.class_dropout_prob,
+            "class_dropout_mask": uniforms < config.class_dropout_prob,
             "output_hidden_states": bool(alignments),
         }
         with accelerator.accumulate(model, *alignments):

@@ -57,10 +57,8 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     accelerator = run.accelerator
 
     # 1. Data: images or their tokens, class names, tokenizer and teacher.
-    pretrained = args.pretrained("transformer")
-    sizes = {"size": "B/1"} | {
-        name: getattr(args, name) for name in args.ARCHITECTURE if getattr(args, name) is not None
-    }
+    pretrained = args.pretrained("transformer", IFSQDiTTransformer2DModel)
+    sizes = {"size": "B/1", **args.given(args.ARCHITECTURE)}
     patch_size = sizes.get("patch_size", int(sizes["size"].split("/")[1]))
     if pretrained is not None:
         patch_size = pretrained.config["patch_size"]
@@ -76,7 +74,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         "sample_size": tokenizer.grid_size,
         "in_channels": tokenizer.latent_channels,
         "num_classes": len(id2label),
-        "class_dropout_prob": args.class_dropout_prob,
+        **args.given(["class_dropout_prob"]),
         "id2label": id2label,
         "levels": tokenizer.levels,
         "scaling_factor": tokenizer.scaling_factor,
@@ -86,6 +84,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         model = IFSQDiTTransformer2DModel.from_size(**sizes, **options)
     else:
         model = pretrained.load(IFSQDiTTransformer2DModel, **options)
+    class_dropout_prob = model.config.class_dropout_prob
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     alignments, repa_depth, cknna_depth = [], None, None
@@ -121,7 +120,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
         noise, t = draw_noise_and_times(generators, latents)
         noisy_latents = torch.lerp(noise, latents, t.view(-1, 1, 1, 1))
         options = {
-            "class_dropout_mask": draw(torch.rand, (), generators, latents.device) < args.class_dropout_prob,
+            "class_dropout_mask": draw(torch.rand, (), generators, latents.device) < class_dropout_prob,
             "output_hidden_states": bool(alignments),
         }
         with accelerator.accumulate(model, *alignments):

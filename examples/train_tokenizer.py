@@ -8,7 +8,6 @@ The output is a folder for `from_pretrained` of `AutoencoderIFSQ`, `VQModel` or 
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -97,7 +96,7 @@ class TokenizerTrainingArguments(TrainingArguments):
         super().__post_init__()
         names = {name for of_bottleneck in BOTTLENECKS.values() for name in of_bottleneck}
         if self.pretrained_model_name_or_path is None:
-            check_options(self.bottleneck or "ifsq", [name for name in names if is_given(getattr(self, name))])
+            check_options(self.bottleneck or "ifsq", self.given(names))
         if self.bottleneck == "vq" and self.gradient_checkpointing:
             raise ValueError("`gradient_checkpointing` must be off with the bottleneck `vq`: VQModel has none.")
 
@@ -107,9 +106,8 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     accelerator = run.accelerator
 
     # 1. Model.
-    options = {name: getattr(args, name) for name in (*args.ARCHITECTURE, "noise_prob")}
-    options = {name: value for name, value in options.items() if is_given(value)}
-    pretrained = args.pretrained("tokenizer")
+    options = args.given([*args.ARCHITECTURE, "noise_prob"])
+    pretrained = args.pretrained("tokenizer", *BOTTLENECK_WEIGHTS)
     if pretrained is None:
         model = make_tokenizer(sample_size=args.resolution, **options)
     else:
@@ -132,8 +130,11 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     # 3. Losses.
     lpips = LPIPS(args.perceptual_vgg).to(accelerator.device) if args.perceptual_weight > 0 else None
     weights = {"perceptual": args.perceptual_weight, "adversarial": args.discriminator_weight}
-    usual_weight = BOTTLENECK_WEIGHTS[type(model)]
-    weights["bottleneck"] = usual_weight if args.bottleneck_weight is None else args.bottleneck_weight
+    weights["bottleneck"] = BOTTLENECK_WEIGHTS[type(model)]
+    if args.bottleneck_weight is not None:
+        if isinstance(model, AutoencoderIFSQ):
+            raise ValueError("`bottleneck_weight` is for the bottlenecks 'vq' and 'kl': that of iFSQ has no loss.")
+        weights["bottleneck"] = args.bottleneck_weight
     losses = TokenizerLosses(args.reconstruction_loss, lpips, weights)
     start = run.num_steps if args.discriminator_start_step is None else args.discriminator_start_step
     discriminator_steps = range(start, run.num_steps, 2)
@@ -210,11 +211,6 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
         )
         run.finish(card)
     return metrics
-
-
-def is_given(value: Any) -> bool:
-    """Whether an argument without a default was given; a flag is never given as `False`."""
-    return value is not None and value is not False
 
 
 @torch.no_grad()

@@ -45,7 +45,8 @@ def draw(
 ) -> torch.Tensor:
     """Numbers of `shape` by each image's generator, from `torch.rand` or `torch.randn`: `(images, *shape)`."""
     draws = [distribution(shape, generator=generator, device=generator.device) for generator in generators]
-    return torch.stack([numbers.to(device) for numbers in draws])
+    # One copy to the device, as a rule from the CPU.
+    return torch.stack([numbers.to(draws[0].device) for numbers in draws]).to(device)
 
 
 def generators_at(seed: int, positions: Iterable[int]) -> list[torch.Generator]:

@@ -266,3 +266,10 @@ def test_unknown_schedules_are_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(TrainingArguments, ["--dataset_name", "images", "--lr_scheduler", "cosinus"])
     assert "invalid choice: 'cosinus'" in capsys.readouterr().err
+
+
+def test_the_result_does_not_go_among_the_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    arguments = ["--train_data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "a" / ".." / "images")]
+    with pytest.raises(ValueError, match="`output_dir` must be another folder than that of the images"):
+        parse_args(TrainingArguments, arguments)

@@ -1,6 +1,8 @@
+import pathlib
+
 import pytest
 
-from hf_ifsq.training.output_folder import give_usual_rights, remove_partial, written_whole
+from hf_ifsq.training.output_folder import remove_partial, reset_permissions, written_whole
 
 
 def files(folder):
@@ -32,13 +34,34 @@ def test_a_result_that_fails_leaves_the_one_before(tmp_path):
     assert files(tmp_path) == {"model_index.json": "old", "transformer/old.txt": "old"}
 
 
+@pytest.mark.parametrize("killed_at", ["rename", "replace"])
+def test_a_process_that_is_killed_between_two_renames_loses_nothing(tmp_path, monkeypatch, killed_at):
+    with written_whole(tmp_path) as folder:
+        write(folder, "old")
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_ifsq.training.output_folder.remove_partial", lambda _: None)
+        with pytest.raises(Killed), written_whole(tmp_path) as folder:
+            write(folder, "new")
+            (folder / "model_index.json").unlink()
+            patch.setattr(pathlib.Path, killed_at, die)
+    remove_partial(tmp_path)
+    assert files(tmp_path) == {"model_index.json": "old", "transformer/old.txt": "old"}
+
+
 def test_rights_of_new_files(tmp_path):
     (tmp_path / "a").mkdir()
     for name in ("private", "a/private", "usual"):
         (tmp_path / name).touch()
     for name in ("private", "a/private"):
         (tmp_path / name).chmod(0o600)
-    give_usual_rights(tmp_path)
+    reset_permissions(tmp_path)
     modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     (tmp_path / "new").touch()
     assert modes == {(tmp_path / "new").stat().st_mode & 0o777} and len(files(tmp_path)) == 4

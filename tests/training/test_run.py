@@ -364,7 +364,7 @@ with lock_folder(pathlib.Path({str(tmp_path / "out")!r})):
         run = start(max_train_steps=1)
         train(run)
         run.finish("")
-    assert sorted(path.name for path in run.folder.iterdir()) == ["README.md", "training_log.jsonl"]
+    assert sorted(path.name for path in run.folder.iterdir()) == [".lock", "README.md", "training_log.jsonl"]
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(start, tmp_path):
@@ -527,15 +527,23 @@ def test_the_log_is_cut_on_resuming_and_removed_in_a_new_run(start, tmp_path):
     whole = file.read_text()
     file.write_text(whole + '{"step": 9, "lo')
     resumed = start(resume_from_checkpoint="latest", checkpointing_steps=5)
+    # Only what comes to train takes it away.
+    assert file.read_text().startswith(whole)
+    begin(resumed)
     assert [entry["step"] for entry in read_log(resumed)] == [1, 2, 3, 4, 5]
     assert whole.startswith(file.read_text())
     shutil.rmtree(tmp_path / "out" / "checkpoint-5")
-    start()
-    assert not file.exists() or file.read_text() == ""
+    begin(start())
+    assert file.read_text() == ""
 
 
 def test_pictures_of_a_validation(start):
     run = start()
+    (run.folder / "validation").mkdir()
+    for name in ("samples-0000009.png", "photo-17.png", "n01440764-1.png"):
+        (run.folder / "validation" / name).touch()
+    begin(run)
+    assert sorted(path.name for path in run.folder.glob("validation/*")) == ["n01440764-1.png", "photo-17.png"]
     run.global_step = 7
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (1, 2, 3), (4, 5, 6)]
     run.log_images("samples", [Image.new("RGB", (2, 2), color) for color in colors], columns=3)

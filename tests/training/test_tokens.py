@@ -121,6 +121,7 @@ def test_splits_and_shards(tmp_path):
     )
     folder = write(tmp_path / "tokens", info, splits, ClassLabel(names=NAMES))
     assert sorted(path.name for path in (tmp_path / "tokens").rglob("*") if path.is_file()) == [
+        ".lock",
         "README.md",
         "token_dataset.json",
         "train-00000-of-00003.parquet",

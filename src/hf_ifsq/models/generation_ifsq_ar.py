@@ -1,7 +1,6 @@
 """Sampling from the AR model, one position at a time."""
 
 from collections.abc import Callable, Sequence
-from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers.generation import LogitsProcessorList
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..guidance import check_guidance, guidance_scales, guide
 from ..randomness import draw, image_generators
@@ -64,14 +64,12 @@ class IFSQARGenerationMixin(IFSQARPreTrainedModel):
         """What `from_pretrained` calls: take a generation config, or load that of the checkpoint if it has one."""
         if generation_config is None and pretrained_model_name_or_path is not None:
             hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-            try:
+            # A missing one is as good as an empty one.
+            missing = {"_raise_exceptions_for_missing_entries": False}
+            if cached_file(pretrained_model_name_or_path, GENERATION_CONFIG_NAME, **hub_options, **missing):
                 generation_config = self.generation_config_class.from_pretrained(
                     pretrained_model_name_or_path, **hub_options
                 )
-            except OSError as error:
-                # So is one that cannot be read; a missing one is as good as an empty one.
-                if isinstance(error.__context__, (JSONDecodeError, UnicodeDecodeError)):
-                    raise
         if generation_config is not None:
             self.generation_config = generation_config
 

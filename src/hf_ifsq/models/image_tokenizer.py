@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from ..randomness import draw
 from .autoencoder_ifsq import AutoencoderIFSQ, check_pixel_values
 from .grid import token_grid
-from .loading import check_loading_info
+from .loading import HUB_OPTIONS, check_loading_info, forget_place
 from .quantization import check_indices
 
 
@@ -152,10 +151,10 @@ class _IFSQTokenizer(ImageTokenizer):
     def encode_codes(
         self, pixel_values: torch.Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> torch.Tensor:
-        return self.model.encode(pixel_values).codes
+        return self.model.encode(pixel_values.to(self.model.dtype)).codes
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model.encode(pixel_values).indices
+        return self.model.encode(pixel_values.to(self.model.dtype)).indices
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
         return self.model.quantizer.indices_to_codes(indices)
@@ -190,7 +189,7 @@ class _VQTokenizer(ImageTokenizer):
 
     def encode_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
         self._check_pixel_values(pixel_values)
-        return self._nearest_indices(self.model.encode(pixel_values).latents)
+        return self._nearest_indices(self.model.encode(pixel_values.to(self.model.dtype)).latents)
 
     def indices_to_codes(self, indices: torch.Tensor) -> torch.Tensor:
         return self._look_up(check_indices(indices, self.require_codebook())).movedim(-1, 1)
@@ -302,7 +301,7 @@ def load_image_tokenizer(
     without gradients. `sample_size` is height and width in pixels of the images, if other than the config says;
     `kwargs` are further arguments of `from_pretrained`, such as `revision`.
     """
-    hub_options = {name: kwargs[name] for name in ("revision", "subfolder", "token", "cache_dir") if name in kwargs}
+    hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     class_name = AutoencoderIFSQ.load_config(name_or_path, **hub_options).get("_class_name")
     classes = {model_class.__name__: model_class for model_class in _VIEWS}
     if class_name not in classes:
@@ -311,7 +310,5 @@ def load_image_tokenizer(
         kwargs["sample_size"] = sample_size
     model, loading_info = classes[class_name].from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     check_loading_info(model, loading_info)
-    if Path(name_or_path).exists():
-        # It is saved with the config: where on this machine a tokenizer lay is of no use to others.
-        model.register_to_config(_name_or_path=Path(name_or_path).name)
+    forget_place(model, name_or_path)
     return as_image_tokenizer(model.eval().requires_grad_(False))

@@ -4,10 +4,12 @@ import inspect
 import logging
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -135,3 +137,9 @@ def check_loading_info(model: nn.Module, loading_info: Mapping[str, Any]) -> Non
         problems[-1] += "; what other arguments make misfit begins anew with `ignore_mismatched_sizes=True`"
     if problems:
         raise ValueError(f"The checkpoint does not fit {type(model).__name__} with its config. {'; '.join(problems)}.")
+
+
+def forget_place(model: ConfigMixin, name_or_path: str | PathLike[str]) -> None:
+    """Keep of the folder that a model was loaded from the name alone: it is saved with the config, for others."""
+    if Path(name_or_path).exists():
+        model.register_to_config(_name_or_path=Path(name_or_path).name)

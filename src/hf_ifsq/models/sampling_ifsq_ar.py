@@ -26,6 +26,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+# Values without effect of options that only transformers' own models have.
+NEUTRAL = {"num_beams": [1], "num_return_sequences": [1], "repetition_penalty": [1.0], "use_cache": [True, False]}
+
+
 class _AsConfigured:
     def __repr__(self) -> str:
         return "<as configured>"
@@ -93,8 +97,12 @@ def _options_of(generation_config: GenerationConfig) -> dict[str, Any]:
     for name, value in vars(generation_config).items():
         if name in DEFAULTS and value is not None:
             options[name] = None if name == "top_k" and value == 0 else value
-        # 0 and 1 are what turns the options of transformers' own models off.
-        elif name not in DEFAULTS and name[0] != "_" and name != "transformers_version" and value not in (None, 0, 1):
+        elif (
+            name not in DEFAULTS
+            and name[0] != "_"
+            and name != "transformers_version"
+            and value not in (None, OFF.get(name))
+        ):
             raise ValueError(
                 f"The generation config has `{name}` {value!r}, which has no meaning for this model: it knows "
                 f"{list(DEFAULTS)}."

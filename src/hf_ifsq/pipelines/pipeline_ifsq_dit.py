@@ -220,6 +220,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             # A scheduler of order 2 makes a step of two calls, and the last one of one.
             if (call + 1) % scheduler.order == 0 or call + 1 == num_calls:
                 latents = on_step_end(call // scheduler.order, timestep, latents)
+                # A callback may change it.
+                check_guidance(self._guidance_scale, guidance_interval, transformer.config.class_dropout_prob)
                 if self._interrupt:
                     break
         # The nearest code of NaN would be some code, and give a picture.

@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -105,6 +105,8 @@ class DataArguments:
         if sum(source is not None for source in sources) != 1:
             *names, last_name = (f"`{name}`" for name in self.SOURCES)
             raise ValueError(f"Give exactly one of {', '.join(names)} or {last_name}, got {sources}.")
+        if Path(self.data_name).resolve() == Path(self.output_dir).resolve():
+            raise ValueError(f"`output_dir` must be another folder than that of the images, got {self.output_dir}.")
         if self.resolution is None and (self.dataset_name or self.train_data_dir):
             self.resolution = 256
         for least, checked in ((1, self.POSITIVE), (0, self.NOT_NEGATIVE)):
@@ -114,8 +116,9 @@ class DataArguments:
                 if value is not None and not least <= value < math.inf:
                     raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         for name in self.SHARES:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be in [0, 1), got {value}.")
         if self.resolution is not None:
             # It checks its options.
             ImageTransform(
@@ -190,12 +193,11 @@ class TrainingArguments(DataArguments):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}.")
         if self.pretrained_model_name_or_path is not None:
-            for name in self.ARCHITECTURE:
-                if getattr(self, name):
-                    raise ValueError(
-                        f"`{name}` must be left out with `pretrained_model_name_or_path`, whose model has its own, "
-                        f"got {getattr(self, name)}."
-                    )
+            for name, value in self.given(self.ARCHITECTURE).items():
+                raise ValueError(
+                    f"`{name}` must be left out with `pretrained_model_name_or_path`, whose model has its own, got "
+                    f"{value}."
+                )
         elif self.subfolder is not None:
             raise ValueError(f"`subfolder` is for a `pretrained_model_name_or_path`, got {self.subfolder!r} alone.")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
@@ -204,10 +206,16 @@ class TrainingArguments(DataArguments):
                 f"{self.lr_warmup_steps}: give 'constant_with_warmup'."
             )
 
-    def pretrained(self, component: str) -> Pretrained | None:
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the arguments that were given: neither `None` nor a flag that was left out."""
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None and value is not False}
+
+    def pretrained(self, component: str, *model_classes: type) -> Pretrained | None:
         """The model to begin with, if one is named; `component` is what it is called in a pipeline."""
-        name_or_path = self.pretrained_model_name_or_path
-        return None if name_or_path is None else Pretrained(name_or_path, component, self.subfolder)
+        if self.pretrained_model_name_or_path is None:
+            return None
+        return Pretrained(self.pretrained_model_name_or_path, component, model_classes, self.subfolder)
 
     def facts(self, resolution: int, num_parameters: int) -> dict[str, str]:
         """Data, size and learning rate, for the model card."""
@@ -230,7 +238,9 @@ class GeneratorArguments(TrainingArguments):
         None, "Tokens in place of images, of `tokenize_dataset.py`: a folder or Hub name."
     )
     tokenizer: str | None = argument(None, "Folder or Hub name; by default the one that made the token dataset.")
-    class_dropout_prob: float = argument(0.1, "Share of labels dropped, for guidance.")
+    class_dropout_prob: float | None = argument(
+        None, "Share of labels dropped, for guidance; by default 0.1, or as of the weights begun with."
+    )
     teacher: str | None = argument(None, "Vision model to align with: a folder or Hub name.")
     repa_depth: int | None = argument(None, "Layer whose output is aligned; by default at a third of the depth.")
     projector_dim: int = argument(2048, "Width of the alignment's projector.")

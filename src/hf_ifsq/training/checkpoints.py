@@ -1,6 +1,7 @@
 """The folder of the checkpoints of a training run."""
 
 import contextlib
+import hashlib
 import json
 import re
 import shutil
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import load
+from accelerate.utils import broadcast_object_list, load
 from transformers import PreTrainedModel
 
 from .model_card import without_local_paths
-from .output_folder import PARTIAL, give_usual_rights
+from .output_folder import PARTIAL, reset_permissions
 
 
 logger = get_logger(__name__)
@@ -46,8 +48,20 @@ class Checkpoints:
         matches = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in self.output_dir.glob("checkpoint-*"))
         return iter(sorted((int(match[1]), path) for match, path in matches if match))
 
-    def find(self, name: str | None) -> Path | None:
-        """The checkpoint to resume from: a folder, here or anywhere, or `latest` for the last one here, if any."""
+    def find(self, name: str | None, accelerator: Accelerator) -> Path | None:
+        """
+        The checkpoint to resume from: a folder, here or anywhere, or `latest` for the last one here, if any. The main
+        process decides for all: others may see a folder later, or not at all, which is a `ValueError`.
+        """  # noqa: D205
+        (path,) = broadcast_object_list([self._find(name) if accelerator.is_main_process else None])
+        if path is not None and not path.is_dir():
+            raise ValueError(
+                f"`output_dir` must be on a disk that all processes share, but {path} is not there for the process "
+                f"{accelerator.process_index}."
+            )
+        return path
+
+    def _find(self, name: str | None) -> Path | None:
         paths = [path for _, path in self]
         if name is None:
             return None
@@ -83,12 +97,13 @@ class Checkpoints:
         yield partial
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            give_usual_rights(partial)
+            reset_permissions(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             if self.total_limit is not None:
                 for _, path in [*self][: -self.total_limit]:
-                    shutil.rmtree(path)
+                    # Under another name: a run killed meanwhile leaves no half checkpoint.
+                    shutil.rmtree(path.rename(path.with_name(f"{PARTIAL}{path.name}")))
         accelerator.wait_for_everyone()
 
 
@@ -98,7 +113,7 @@ def read_state(checkpoint: Path | None) -> dict[str, Any]:
         return {"global_step": 0, "samples_seen": 0}
     try:
         return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(checkpoint, error) from error
 
 
@@ -117,11 +132,13 @@ def load_state(checkpoint: Path, accelerator: Accelerator, num_processes: int) -
             raise _unreadable(checkpoint, error, "the random states of this process are missing or damaged") from error
     try:
         accelerator.load_state(str(checkpoint))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise _unreadable(checkpoint, error) from error
 
 
-def circumstances(
+def run_settings(
     model: Any, arguments: Mapping[str, Any], tokenizer_sha256: str | None, **facts: Any
 ) -> dict[str, Any]:
     """
@@ -131,7 +148,7 @@ def circumstances(
     config = model.config.to_dict() if isinstance(model, PreTrainedModel) else dict(model.config)
     config = {**config, "tokenizer_sha256": tokenizer_sha256}
     values = {
-        "arguments": {name: without_local_paths(arguments[name]) for name in arguments if name not in OPERATIONAL},
+        "arguments": {name: _shown(arguments[name]) for name in arguments if name not in OPERATIONAL},
         "config": {name: config[name] for name in config if name[0] != "_" and name not in ABOUT_FILES},
         "facts": facts,
     }
@@ -139,9 +156,9 @@ def circumstances(
     return json.loads(json.dumps(values, default=str))
 
 
-def tell_changes(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any], use_ema: bool) -> None:
+def report_changes(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str, Any], use_ema: bool) -> None:
     """
-    Say what has changed since a checkpoint with the state `before`; `now` are the [`circumstances`].
+    Say what has changed since a checkpoint with the state `before`; `now` are the [`run_settings`].
 
     Raises:
         ValueError: if it has a moving average and the run has none, or the other way round, or if the config of the
@@ -169,6 +186,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     """Values that are others than before, as text, of the names that both have."""
     names = [name for name in now if name in before and before[name] != now[name]]
     return {name: f"`{name}` ({before[name]}, now {now[name]})" for name in names}
+
+
+def _shown(value: Any) -> Any:
+    """A value without the place of a folder on this machine, of which a few digits tell whether it is another."""
+    shown = without_local_paths(value)
+    return shown if shown == value else f"{shown} #{hashlib.sha256(str(value).encode()).hexdigest()[:6]}"
 
 
 def _unreadable(

@@ -119,7 +119,7 @@ def load_splits(
         has_configs = card.is_file() and "configs" in (metadata_load(card) or {})
         if files.pictures and not (has_rows or has_configs or _has_metadata(files)):
             return ImageFolder(files, with_labels)
-    return load_dataset(dataset_name, name=dataset_config_name)
+    return load_dataset(str(path) if path.is_dir() else dataset_name, name=dataset_config_name)
 
 
 def load_dataset(name_or_path: str, **options: Any) -> DatasetDict:
@@ -128,7 +128,7 @@ def load_dataset(name_or_path: str, **options: Any) -> DatasetDict:
         if os.path.isdir(place) and glob.has_magic(os.path.realpath(place)):
             raise ValueError(
                 f"{place!r} cannot be read: `datasets` takes brackets, `*` and `?` in a path for a pattern. Rename "
-                "the folder, or link to it from a place without them."
+                "or move the folder."
             )
     return datasets.load_dataset(name_or_path, **options)
 
@@ -296,12 +296,13 @@ class ImageDataset(torch.utils.data.Dataset):
     def __post_init__(self) -> None:
         self.stored, self._decoder = self.rows, datasets.Image()
         # A transform of the rows themselves, of `with_transform`, may need whatever is in them.
-        if isinstance(self.rows, Dataset) and self.rows.format["type"] is None:
+        if isinstance(self.rows, Dataset) and self.rows.format["type"] != "custom":
             columns = [self.image_column] if self.label_column is None else [self.image_column, self.label_column]
             self._decoder = replace(self.rows.features[self.image_column], decode=True)
             # Pictures as they are stored: those that are broken are met in `__getitem__` then, which names them.
             undecoded = replace(self._decoder, decode=False)
-            self.stored = self.rows.select_columns(columns).cast_column(self.image_column, undecoded)
+            rows = self.rows.with_format(None).select_columns(columns)
+            self.stored = rows.cast_column(self.image_column, undecoded)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -328,6 +329,12 @@ class ImageDataset(torch.utils.data.Dataset):
         file = image.get("path") if isinstance(image, dict) else None
         place = f" of the split {str(split)!r}" * bool(split) + f" ({file})" * bool(file)
         return f"Row {row} of `image_column` {self.image_column!r}{place}"
+
+
+def collate(items: list[Any]) -> Any:
+    """Rows as a batch. Their positions stay on the host, where the random numbers of the images are drawn by them."""
+    batch = torch.utils.data.default_collate(items)
+    return batch | {"position": [item["position"] for item in items]} if isinstance(batch, dict) else batch
 
 
 @dataclass

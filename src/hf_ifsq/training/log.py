@@ -1,6 +1,7 @@
 """The log of a training run and the pictures of its validations."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .output_folder import PARTIAL
 
 
 LOG_FILE = "training_log.jsonl"
+PICTURE_NAME = re.compile(r"(?:reconstructions|samples)-(\d{7,})\.png")
 
 
 class TrainingLog:
@@ -57,8 +59,8 @@ class TrainingLog:
 
     def _cut(self, last_step: int) -> None:
         for picture in self.pictures.glob("*.png"):
-            step = picture.stem.rpartition("-")[2]
-            if step.isdecimal() and int(step) > last_step:
+            match = PICTURE_NAME.fullmatch(picture.name)
+            if match and int(match[1]) > last_step:
                 picture.unlink()
         if not self.file.is_file():
             return

@@ -12,6 +12,7 @@ LOCK_FILE = ".lock"
 # Before the name of what is not whole yet.
 PARTIAL = "partial-"
 PARTIAL_RESULT = f"{PARTIAL}result"
+REPLACED = f"{PARTIAL}replaced-"
 
 # What a result on the Hub does without.
 NOT_UPLOADED = [LOCK_FILE, f"{PARTIAL}*", "checkpoint-*", "logs/*"]
@@ -33,13 +34,16 @@ def lock_folder(folder: Path, name: str = "output_dir") -> Iterator[None]:
     try:
         yield
     finally:
+        # The file stays: removed, it would be another one for whoever locks it meanwhile.
         lock.release()
-        if not lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed run left unfinished in a folder. It must be locked."""
+    """Remove what a killed run left unfinished in a folder, and put back what it was about to replace."""
+    for path in folder.glob(f"{REPLACED}*"):
+        original = folder / path.name.removeprefix(REPLACED)
+        if not original.exists():
+            path.rename(original)
     for path in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -48,24 +52,24 @@ def remove_partial(folder: Path) -> None:
 def written_whole(folder: Path) -> Iterator[Path]:
     """
     A new folder to write to, whose files and folders at the end take the places of those in `folder`. A process that
-    is killed meanwhile leaves nothing half written there, and no temporary files of other libraries.
+    is killed meanwhile leaves nothing half written there, but what [`remove_partial`] clears up.
     """
     partial = folder / PARTIAL_RESULT
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        give_usual_rights(partial)
+        reset_permissions(partial)
         for path in sorted(partial.iterdir()):
-            target = folder / path.name
+            target, replaced = folder / path.name, folder / f"{REPLACED}{path.name}"
             if target.is_dir():
-                shutil.rmtree(target)
+                target.rename(replaced)
             path.replace(target)
+            shutil.rmtree(replaced, ignore_errors=True)
     finally:
-        shutil.rmtree(partial)
+        remove_partial(folder)
 
 
-def give_usual_rights(folder: Path) -> None:
+def reset_permissions(folder: Path) -> None:
     """Give all files in a folder the rights of new files: those of safetensors are readable by their owner alone."""
     new_file = folder / f"{PARTIAL}file"
     new_file.touch()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from ..models.autoencoder_ifsq import AutoencoderIFSQ
 from ..models.image_tokenizer import load_image_tokenizer
+from ..models.loading import forget_place
 from .checkpoints import differences
-from .model_card import without_local_paths
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class Pretrained:
     Args:
         name_or_path (`str`): the folder, or a name on the Hub.
         component (`str`): what the model is called in a pipeline.
+        model_classes (`Iterable[type]`): the classes of which the model may be.
         subfolder (`str`, *optional*):
             where it is in there; by default under the name of the component, or at the root of what is no pipeline.
 
@@ -32,7 +34,7 @@ class Pretrained:
         config (`dict[str, Any]`): the config of the model, as it is stored.
     """
 
-    def __init__(self, name_or_path: str, component: str, subfolder: str | None = None):
+    def __init__(self, name_or_path: str, component: str, model_classes: Iterable[type], subfolder: str | None = None):
         self.name_or_path = name_or_path
         if subfolder is None:
             try:
@@ -43,6 +45,12 @@ class Pretrained:
             subfolder = component
         self.options = {"subfolder": subfolder} if subfolder else {}
         self.config: dict[str, Any] = AutoencoderIFSQ.load_config(name_or_path, **self.options)
+        classes = self.config.get("architectures") or [self.config.get("_class_name")]
+        if not {model_class.__name__ for model_class in model_classes}.issuperset(classes):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` {name_or_path!r} must be a model of the class "
+                f"{' or '.join(model_class.__name__ for model_class in model_classes)}, got {classes[0]}."
+            )
 
     def load_tokenizer(self, sample_size: int, **options: Any) -> ModelMixin:
         """
@@ -69,6 +77,5 @@ class Pretrained:
         if misfits:
             logger.warning(f"{self.name_or_path} has weights of other sizes, initialized anew: {', '.join(misfits)}.")
         if isinstance(model, ConfigMixin):
-            # It is saved with the config: where on this machine a model lay is of no use to others.
-            model.register_to_config(_name_or_path=without_local_paths(self.name_or_path))
+            forget_place(model, self.name_or_path)
         return model

@@ -18,19 +18,25 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin, set_seed
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    set_seed,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .checkpoints import STATE_FILE, Checkpoints, circumstances, load_state, read_state, tell_changes
-from .data import ResumableSampler
+from .checkpoints import STATE_FILE, Checkpoints, load_state, read_state, report_changes, run_settings
+from .data import ResumableSampler, collate
 from .log import TrainingLog
 from .model_card import without_local_paths
 from .optimization import resume_schedule
@@ -100,7 +106,7 @@ class TrainingRun:
         )
         logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
         distributed_type = self.accelerator.distributed_type
-        if distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        if distributed_type != DistributedType.NO and not distributed_type.name.startswith("MULTI_"):
             raise ValueError(
                 f"Training runs on one or several devices by data parallelism, not by {distributed_type}."
             )
@@ -123,13 +129,12 @@ class TrainingRun:
         self._num_images = 0
         self._tokenizer_sha256: str | None = None
         self.checkpoints = Checkpoints(self.folder, self.checkpoints_total_limit)
-        self._checkpoint = self.checkpoints.find(self.resume_from_checkpoint)
+        self._checkpoint = self.checkpoints.find(self.resume_from_checkpoint, self.accelerator)
         self._state = read_state(self._checkpoint)
         self.global_step, self.samples_seen = self._state["global_step"], self._state["samples_seen"]
         self.checkpoints.refuse_later(self.global_step)
         self.accelerator.wait_for_everyone()
         self.repo_id: str | None = None
-        self._log = TrainingLog(self.folder, self.accelerator, None if self._checkpoint is None else self.global_step)
         if self.accelerator.is_main_process and self.push_to_hub:
             name = self.hub_model_id or self.folder.resolve().name
             self.repo_id = create_repo(name, private=self.hub_private_repo, exist_ok=True).repo_id
@@ -139,7 +144,7 @@ class TrainingRun:
 
     @property
     def model_name(self) -> str:
-        """Where the result can be loaded from: its repository on the Hub if it is pushed, or else `output_dir`."""
+        """What the result is called for others: its repository on the Hub if it is pushed, or else its folder."""
         return self.repo_id or without_local_paths(self.output_dir)
 
     @property
@@ -227,6 +232,8 @@ class TrainingRun:
         set_seed(self.seed, device_specific=True)
         if self._checkpoint is not None:
             self._load_checkpoint(self._checkpoint, prepared)
+        # Not before all else has gone well: it removes the log of an earlier run.
+        self._log = TrainingLog(self.folder, self.accelerator, None if self._checkpoint is None else self.global_step)
         # Where the throughput is measured from; validations move the time.
         self._samples_logged, self._logged_at = self.samples_seen, time.perf_counter()
         self._progress_bar = tqdm(
@@ -343,14 +350,14 @@ class TrainingRun:
             self.accelerator.save_state(str(folder))
             if self.accelerator.is_main_process:
                 self.saved_model.save_pretrained(folder / "model")
-                state = {"global_step": self.global_step, "samples_seen": self.samples_seen, **self._circumstances}
+                state = {"global_step": self.global_step, "samples_seen": self.samples_seen, **self._run_settings}
                 if self._ema is not None:
                     state["ema_steps"] = self._ema.optimization_step
                 (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     @property
-    def _circumstances(self) -> dict[str, Any]:
-        return circumstances(
+    def _run_settings(self) -> dict[str, Any]:
+        return run_settings(
             self.saved_model,
             self.arguments,
             self._tokenizer_sha256,
@@ -361,7 +368,7 @@ class TrainingRun:
 
     def _load_checkpoint(self, path: Path, prepared: tuple) -> None:
         logger.info(f"Resuming from {path.name}.")
-        tell_changes(path, self._state, self._circumstances, self.use_ema)
+        report_changes(path, self._state, self._run_settings, self.use_ema)
         if self._ema is not None:
             average = type(self.saved_model).from_pretrained(path / "model")
             self.saved_model.load_state_dict(average.state_dict())
@@ -379,12 +386,6 @@ class TrainingRun:
                 # Accelerate counts a step once for each process.
                 num_steps = schedule.scheduler.last_epoch // num_processes
                 resume_schedule(schedule.scheduler, num_steps * self.accelerator.num_processes)
-
-
-def collate(items: list[Any]) -> Any:
-    """Rows as a batch. Their positions stay on the host, where the random numbers of the images are drawn by them."""
-    batch = default_collate(items)
-    return batch | {"position": [item["position"] for item in items]} if isinstance(batch, dict) else batch
 
 
 def _dynamo_plugin() -> TorchDynamoPlugin:

@@ -20,8 +20,8 @@ from .adversarial import adversarial_loss, forget_input
 BOTTLENECKS = {
     "ifsq": ("levels", "alpha", "bound", "equal_bins", "noise_prob"),
     "fsq": ("levels",),
-    "vq": ("latent_channels", "codebook_size", "bottleneck_weight"),
-    "kl": ("latent_channels", "bottleneck_weight"),
+    "vq": ("latent_channels", "codebook_size"),
+    "kl": ("latent_channels",),
 }
 
 # Usual weight of the loss of a bottleneck itself.
@@ -34,7 +34,9 @@ def check_options(bottleneck: str, options: Iterable[str]) -> None:
         raise ValueError(f"`bottleneck` must be one of {list(BOTTLENECKS)}, got {bottleneck!r}.")
     for name in options:
         having = [other for other, names in BOTTLENECKS.items() if name in names]
-        if having and bottleneck not in having:
+        if not having:
+            raise TypeError(f"`{name}` is no option of a tokenizer: {BOTTLENECKS}.")
+        if bottleneck not in having:
             raise ValueError(f"`{name}` is for the `bottleneck` {' or '.join(map(repr, having))}, not {bottleneck!r}.")
 
 

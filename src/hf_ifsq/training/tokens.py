@@ -335,7 +335,11 @@ def remember_tokenizer(token_dataset: str, tokenizer: str) -> None:
     if os.path.isdir(tokenizer):
         file = Path(token_dataset, TOKENIZER_PATH_FILE)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(os.path.relpath(tokenizer, token_dataset), encoding="utf-8")
+        folder = Path(tokenizer).resolve()
+        # On another drive of Windows there is no way from one to the other.
+        if folder.anchor == Path(token_dataset).resolve().anchor:
+            folder = Path(os.path.relpath(folder, Path(token_dataset).resolve()))
+        file.write_text(str(folder), encoding="utf-8")
 
 
 def _local_tokenizer_of(token_dataset: str) -> str | None:
