@@ -29,6 +29,7 @@ from hf_ifsq import AutoencoderIFSQ
 from hf_ifsq.models.image_tokenizer import as_image_tokenizer
 from hf_ifsq.training.arguments import parse_args
 from hf_ifsq.training.data import ImageDataset, ImageTransform, load_image_dataset
+from hf_ifsq.training.output_folder import LOCK_FILE
 from hf_ifsq.training.tokens import (
     TOKENIZER_PATH_FILE,
     TokenDatasetInfo,
@@ -122,7 +123,8 @@ def reference(workspace):
 
 def contents(folder):
     """What is uploaded: that does not depend on where the folder lies."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / TOKENIZER_PATH_FILE]
+    local = {folder / TOKENIZER_PATH_FILE, folder / LOCK_FILE}
+    files = [path for path in folder.rglob("*") if path.is_file() and path not in local]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

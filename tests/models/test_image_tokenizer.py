@@ -235,7 +235,7 @@ def test_a_decoder_that_overflows(make, images, model_class):
     assert torch.isfinite(tokenizer.decode_codes(codes)).all()
     tokenizer.model.half()
     one_of_several = torch.cat([torch.zeros(2, 3, 4, 4), codes[:1].detach()])
-    message = f"images of `tokenizer`, {model_class.__name__} in torch.float16, are not finite"
+    message = f"images of the tokenizer, {model_class.__name__} in torch.float16, are not finite"
     with pytest.raises(ValueError, match=message):
         tokenizer.decode_codes(one_of_several)
     if model_class is not AutoencoderKL:
@@ -264,7 +264,7 @@ def test_a_codebook_that_is_not_finite(make, images):
     tokenizer = make(VQModel)
     tokenizer.model.quantize.embedding.weight.data[7, 1] = torch.nan
     for call in (tokenizer.encode_indices, tokenizer.encode_codes):
-        with pytest.raises(ValueError, match="codebook of `tokenizer`, VQModel in torch.float32, are not finite"):
+        with pytest.raises(ValueError, match="codebook of the tokenizer, VQModel in torch.float32, are not finite"):
             call(images)
     with pytest.raises(ValueError, match="codebook of `tokenizer`"):
         tokenizer.nearest_codes(torch.zeros(1, 3, 4, 4))

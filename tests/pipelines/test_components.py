@@ -208,7 +208,7 @@ def test_a_decoder_that_overflows_gives_no_picture(make_pipeline, kind, output_t
     options = {} if kind == "ar" else {"num_inference_steps": 2}
     pipeline([0, 1], output_type=output_type, **options)
     pipeline.tokenizer.half()
-    with pytest.raises(ValueError, match="images of `tokenizer`, AutoencoderIFSQ in torch.float16, are not finite"):
+    with pytest.raises(ValueError, match="images of the tokenizer, AutoencoderIFSQ in torch.float16, are not finite"):
         pipeline([0, 1], output_type=output_type, **options)
     assert len(pipeline([0, 1], output_type="latent", **options).images) == 2
 
@@ -223,5 +223,5 @@ def test_upcast_of_the_tokenizer(make_dit, make_baseline):
     tokenizer.float()
     assert torch.equal(images, pictures(pipeline)) and images.std() > 0.01
     tokenizer.half().register_to_config(force_upcast=False)
-    with pytest.raises(ValueError, match="images of `tokenizer`, AutoencoderKL in torch.float16, are not finite"):
+    with pytest.raises(ValueError, match="images of the tokenizer, AutoencoderKL in torch.float16, are not finite"):
         pictures(pipeline)

@@ -4,7 +4,6 @@ import re
 import shutil
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -60,7 +59,7 @@ def read(rows):
         (["train/a/0.png", "train/b/1.png", "val/b/2.png"], [(0, "a"), (1, "b")], [(2, "b")]),
         (["Training/a/0.png", "valid/a/1.png", "test/a/2.png"], [(0, "a")], [(1, "a")]),
         (["train2017/a/0.png", "test2017/a/1.png"], [(0, "a")], [(1, "a")]),
-        (["val/a/0.png", "val/b/1.png"], [(0, "a"), (1, "b")], [(0, "a"), (1, "b")]),
+        (["val/a/0.png", "val/b/1.png"], [(0, "a"), (1, "b")], None),
         (["train/a/0.png", "val/1.png"], [(0, "a")], [1]),
     ],
 )
@@ -215,10 +214,28 @@ def test_metadata(tmp_path, caplog):
     assert "there are 6" in caplog.text
 
 
-def test_pictures_beside_rows_are_not_the_dataset(tmp_path):
-    save(tmp_path / "data", "logo.png")
-    content = (tmp_path / "data" / "logo.png").read_bytes()
+def test_of_pictures_and_rows_neither_is_left_out_in_silence(tmp_path):
+    save(tmp_path / "data", "a/logo.png", "b/logo.png")
+    content = (tmp_path / "data" / "a" / "logo.png").read_bytes()
     table = pa.table({"image": [{"bytes": content, "path": None}] * 3, "label": [0, 1, 0]})
     pq.write_table(table, tmp_path / "data" / "train.parquet")
-    train, _ = load(tmp_path / "data", "dataset_name")
-    assert len(train) == 3 and len(np.unique(train["label"])) == 2
+    with pytest.raises(ValueError, match="`dataset_name`.*has pictures and files of rows, such as .*train.parquet"):
+        load(tmp_path / "data", "dataset_name")
+    assert len(load(tmp_path / "data" / "train.parquet", "dataset_name")[0]) == 3
+    assert len(load(tmp_path / "data", "train_data_dir")[0]) == 2
+
+
+def test_metadata_that_names_no_files_is_no_metadata(tmp_path):
+    save(tmp_path / "data", "a/0.png", "b/1.png")
+    (tmp_path / "data" / "metadata.csv").write_text("id,photographer\n0,nobody\n")
+    for source in ("train_data_dir", "dataset_name"):
+        train, _ = load(tmp_path / "data", source)
+        assert train["label"][:] == [0, 1]
+
+
+def test_an_empty_path_is_not_the_working_folder(tmp_path, monkeypatch):
+    save(tmp_path, "a/0.png")
+    monkeypatch.chdir(tmp_path)
+    for source in ("train_data_dir", "dataset_name"):
+        with pytest.raises(ValueError, match="is empty"):
+            load("", source)

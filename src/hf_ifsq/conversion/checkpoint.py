@@ -175,7 +175,14 @@ def load_exactly(model: nn.Module, weights: Mapping[str, torch.Tensor], rules: R
             for name, weight in weights.items()
             if name in shapes and weight.shape != shapes[name]
         ],
-        "not finite": [name for name, weight in weights.items() if name in shapes and not weight.isfinite().all()],
+        "of another type": [
+            f"{name} of {weight.dtype}"
+            for name, weight in weights.items()
+            if name in shapes and not weight.is_floating_point()
+        ],
+        "not finite": [
+            name for name, weight in weights.items() if name in shapes and not weight.float().isfinite().all()
+        ],
     }
     found = [f"{len(names)} {kind}: {names[:3]}" for kind, names in problems.items() if names]
     if found:

@@ -36,6 +36,15 @@ def check_pixel_values(pixel_values: torch.Tensor, in_channels: int, factor: int
         raise ValueError(f"`pixel_values` must be floats in [-1, 1], got a tensor of dtype {pixel_values.dtype}.")
 
 
+def check_finite(values: torch.Tensor, what: str, tokenizer: ModelMixin) -> None:
+    """Raise a `ValueError` unless all of what a tokenizer has made are numbers: NaN would become a picture."""
+    if not torch.isfinite(values).all():
+        raise ValueError(
+            f"The {what} of the tokenizer, {type(tokenizer).__name__} in {tokenizer.dtype}, are not finite: it "
+            "overflows in this dtype, or its weights or what it was given hold NaN or infinity."
+        )
+
+
 # All fields but the first have a default: accelerate rebuilds outputs from a dict, which `BaseOutput` then takes.
 @dataclass
 class AutoencoderIFSQEncoderOutput(BaseOutput):
@@ -186,8 +195,12 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         self._check_dtype(pixel_values, "pixel_values")
         latent = self._encode(pixel_values)
         if not torch.compiler.is_compiling() and not torch.isfinite(latent).all():
-            culprit = "the encoder's weights are" if torch.isfinite(pixel_values).all() else "`pixel_values` is"
-            raise ValueError(f"{culprit} not finite (NaN or infinity): there is nothing to quantize.")
+            if torch.isfinite(pixel_values).all():
+                raise ValueError(
+                    f"The latents are not finite: the encoder overflows in {self.dtype}, or its weights are not "
+                    "finite (NaN or infinity)."
+                )
+            raise ValueError("`pixel_values` is not finite (NaN or infinity): there is nothing to quantize.")
         codes, indices = self.quantizer(latent)
         if not return_dict:
             return codes, indices, latent
@@ -212,6 +225,8 @@ class AutoencoderIFSQ(DiffusersLoadingMixin, ModelMixin, AutoencoderMixin, Confi
         if not torch.compiler.is_compiling() and not torch.isfinite(codes).all():
             raise ValueError("`codes` is not finite (NaN or infinity): there is nothing to decode.")
         sample = self._decode(codes)
+        if not torch.compiler.is_compiling():
+            check_finite(sample, "decoded images", self)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from ..randomness import draw
-from .autoencoder_ifsq import AutoencoderIFSQ, check_pixel_values
+from .autoencoder_ifsq import AutoencoderIFSQ, check_finite, check_pixel_values
 from .grid import token_grid
 from .loading import HUB_OPTIONS, check_loading_info, forget_place
 from .quantization import check_indices
@@ -94,7 +94,7 @@ class ImageTokenizer(nn.Module, ABC):
     def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Images `(batch, channels, height, width)`, about in [-1, 1], of codes or of values near codes."""
         sample = self._decode(codes)
-        self._check_finite(sample, "decoded images")
+        check_finite(sample, "decoded images", self.model)
         return sample
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
@@ -132,13 +132,6 @@ class ImageTokenizer(nn.Module, ABC):
         check_pixel_values(pixel_values, self.in_channels, self.downsampling_factor)
         if not torch.isfinite(pixel_values).all():
             raise ValueError("`pixel_values` is not finite (NaN or infinity).")
-
-    def _check_finite(self, values: torch.Tensor, what: str) -> None:
-        if not torch.isfinite(values).all():
-            raise ValueError(
-                f"The {what} of `tokenizer`, {type(self.model).__name__} in {self.model.dtype}, are not finite: it "
-                "overflows in this dtype, or its weights or what it was given hold NaN or infinity."
-            )
 
 
 class _IFSQTokenizer(ImageTokenizer):
@@ -219,7 +212,7 @@ class _VQTokenizer(ImageTokenizer):
         distances = torch.cdist(values.movedim(1, -1).flatten(0, -2).float(), codebook)
         indices = distances.argmin(dim=1, keepdim=True)
         # The smallest of them is NaN where any is.
-        self._check_finite(distances.gather(1, indices), "distances to the codebook")
+        check_finite(distances.gather(1, indices), "distances to the codebook", self.model)
         return indices.view(values.shape[0], *values.shape[2:])
 
 
@@ -237,7 +230,7 @@ class _KLTokenizer(ImageTokenizer):
             posterior = self.model.encode(pixel_values.to(self.model.dtype)).latent_dist
         codes = posterior.mode() if generators is None else posterior.sample(generators)
         codes = codes.to(pixel_values.dtype)
-        self._check_finite(codes, "codes")
+        check_finite(codes, "codes", self.model)
         return codes
 
     def codes_to_latents(self, codes: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,12 @@ DEFAULTS: dict[str, Any] = {
 
 
 # Values without effect of options that only transformers' own models have.
-NEUTRAL = {"num_beams": [1], "num_return_sequences": [1], "repetition_penalty": [1.0], "use_cache": [True, False]}
+NEUTRAL: dict[str, list[Any]] = {
+    "num_beams": [1],
+    "num_return_sequences": [1],
+    "repetition_penalty": [1.0],
+    "use_cache": [True, False],
+}
 
 
 class _AsConfigured:
@@ -101,7 +106,7 @@ def _options_of(generation_config: GenerationConfig) -> dict[str, Any]:
             name not in DEFAULTS
             and name[0] != "_"
             and name != "transformers_version"
-            and value not in (None, OFF.get(name))
+            and not any(value is neutral or value == neutral for neutral in (None, *NEUTRAL.get(name, ())))
         ):
             raise ValueError(
                 f"The generation config has `{name}` {value!r}, which has no meaning for this model: it knows "

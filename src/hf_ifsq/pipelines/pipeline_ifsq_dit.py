@@ -1,5 +1,6 @@
 """Class labels to images through flow matching."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,8 +29,9 @@ from .pipeline_utils import ClassConditionalPipeline
 
 
 FLOW_MATCHING_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
-# Far above any of use.
+# Far above any of use, and far beyond what a normal distribution gives.
 MAX_STEPS = 10_000
+MAX_NOISE = 1000
 MULTISTEP_SCHEDULERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 
 
@@ -156,8 +158,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             raise ValueError(f"`latents` must be a tensor of floats of shape {shape}, got {describe(latents)}.")
         # The path is followed in float32 whatever the dtype of the model.
         latents = latents.to(labels.device, torch.float32)
-        if not torch.isfinite(latents).all():
-            raise ValueError("`latents` is not finite in float32 (NaN or infinity).")
+        if not (latents.abs() <= MAX_NOISE).all():
+            raise ValueError(f"`latents` must be standard normal noise, in [-{MAX_NOISE}, {MAX_NOISE}] in any case.")
         self._num_timesteps, self._interrupt = num_inference_steps, False
 
         # 2. Follow the velocity from noise to latents and decode them.
@@ -169,15 +171,17 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 if callback_on_step_end is None:
                     return latents
                 changed = self._call_back(callback_on_step_end, shown, step, timestep, latents)
-                if isinstance(self.scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
+                if isinstance(scheduler, UniPCMultistepScheduler) and not torch.equal(changed, latents):
                     # It would go back to the latents before this step, to correct it, and so undo the change.
-                    self.scheduler.last_sample = None  # type: ignore[attr-defined]
+                    scheduler.last_sample = None  # type: ignore[attr-defined]
                 return changed
 
             for batch in batches:
-                self._set_timesteps(num_inference_steps)
+                scheduler = self._prepare_scheduler(num_inference_steps)
                 self._guidance_scale = float(guidance_scale)
-                final_latents = self._follow_velocity(latents[batch], labels[batch], guidance_interval, on_step_end)
+                final_latents = self._follow_velocity(
+                    scheduler, latents[batch], labels[batch], guidance_interval, on_step_end
+                )
                 codes = tokenizer.latents_to_codes(final_latents)
                 if snap_to_codes:
                     codes = tokenizer.nearest_codes(codes)
@@ -191,13 +195,14 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
 
     def _follow_velocity(
         self,
+        scheduler: Any,
         latents: torch.Tensor,
         labels: torch.Tensor,
         guidance_interval: tuple[float, float],
         on_step_end: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Noise to latents by the steps that the scheduler is set to. Sigma is the share of noise in them, 1 - t."""
-        scheduler, transformer = self.scheduler, self.transformer
+        transformer = self.transformer
         sigmas = scheduler.sigmas.tolist()
         num_calls = len(scheduler.timesteps)
         labels_and_null = torch.cat([labels, torch.full_like(labels, transformer.config.num_classes)])
@@ -232,8 +237,9 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             )
         return latents
 
-    def _set_timesteps(self, num_inference_steps: int) -> None:
-        scheduler, device = self.scheduler, self._execution_device
+    def _prepare_scheduler(self, num_inference_steps: int) -> Any:
+        """A scheduler of a call's own: it has a state, and a callback or a thread may call the pipeline too."""
+        scheduler, device = copy.deepcopy(self.scheduler), self._execution_device
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             # Even steps over all of [0, 1]; a scheduler's own grid may stop short of the data.
             sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
@@ -252,6 +258,7 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         sigmas[0] = min(max(sigmas[0].item(), 1 - 1e-5), 1.0)
         # Otherwise it looks up the first timestep, which may be rounded to the same number as the second.
         scheduler.set_begin_index(0)
+        return scheduler
 
     def _check_scheduler(self) -> None:
         """Only deterministic solvers: the noise of others would not depend on an image's own generator alone."""

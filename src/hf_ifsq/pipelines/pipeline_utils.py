@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -54,6 +55,16 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
                 check_finite_weights(component, name)
         self._check_match()
         self.image_processor = VaeImageProcessor(vae_scale_factor=self._image_tokenizer.downsampling_factor)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As of [`~diffusers.DiffusionPipeline`], which would leave a component out that it cannot save."""
+        for name, component in self.components.items():
+            if hasattr(component, "merge_and_unload"):
+                raise ValueError(
+                    f"`{name}` is a {type(component).__name__}, which a pipeline cannot hold when it is saved: save "
+                    f"the adapter by itself, or first `pipe.{name} = pipe.{name}.merge_and_unload()`."
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def interrupt(self) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +14,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, NamedSplit, Value
 from huggingface_hub import metadata_load
 from torch.utils.data import Sampler
 
+from ..models.checks import check_integer
 from .image_folder import ImageFolder, Listing, list_files
 from .image_transform import ImageTransform
 
@@ -70,7 +73,8 @@ def load_image_dataset(
     if train_split is None:
         train_split = "train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None
     if validation_split is None:
-        validation_split = next((name for name in ("validation", "test") if name in splits), NONE)
+        usual = (name for name in ("validation", "test") if name in splits and name != train_split)
+        validation_split = next(usual, NONE)
     train, names = pick_split(splits, train_split, "train_split", image_column), None
     if label_column is not None and label_column in train.column_names:
         train, names = _names_to_ids(train, label_column)
@@ -101,6 +105,8 @@ def load_splits(
         raise ValueError(
             f"Give either `dataset_name` or `train_data_dir`, got {dataset_name!r} and {train_data_dir!r}."
         )
+    if "" in (dataset_name, train_data_dir):
+        raise ValueError("`dataset_name` or `train_data_dir` is empty: it would be the working folder.")
     if dataset_name is None:
         return _load_folder(Path(str(train_data_dir)).expanduser(), with_labels)
     path = Path(dataset_name).expanduser()
@@ -115,9 +121,14 @@ def load_splits(
         return {"train": _named(Dataset.load_from_disk(str(path)), "train")}
     if path.is_dir() and dataset_config_name is None:
         files, card = list_files(str(path)), path / "README.md"
-        has_rows = ROW_FILES & {Path(other).suffix.lower() for other in files.others}
+        has_rows = [other for other in files.others if Path(other).suffix.lower() in ROW_FILES]
         has_configs = card.is_file() and "configs" in (metadata_load(card) or {})
-        if files.pictures and not (has_rows or has_configs or _has_metadata(files)):
+        if files.pictures and not (has_configs or _has_metadata(files)):
+            if has_rows:
+                raise ValueError(
+                    f"`dataset_name` {dataset_name!r} has pictures and files of rows, such as {has_rows[0]}: name the "
+                    "folder or the file of one kind alone, or give the pictures by `train_data_dir`."
+                )
             return ImageFolder(files, with_labels)
     return load_dataset(str(path) if path.is_dir() else dataset_name, name=dataset_config_name)
 
@@ -149,7 +160,17 @@ def _load_folder(path: Path, with_labels: bool) -> Mapping[str, Dataset]:
 
 
 def _has_metadata(files: Listing) -> bool:
-    return any(Path(other).name in METADATA_FILES for other in files.others)
+    """Whether there is metadata in the layout of `datasets`' imagefolder, which names files: others does not."""
+    return any(Path(other).name in METADATA_FILES and _names_files(Path(other)) for other in files.others)
+
+
+def _names_files(metadata: Path) -> bool:
+    if metadata.suffix == ".parquet":
+        columns = pq.read_schema(metadata).names
+    else:
+        with metadata.open(encoding="utf-8", errors="replace") as file:
+            columns = re.findall(r"\w+", file.readline())
+    return any(column == "file_name" or column.endswith("_file_name") for column in columns)
 
 
 def _named(rows: Dataset, split: str) -> Dataset:
@@ -188,6 +209,9 @@ def pick_split(splits: Mapping[str, Dataset], name: str | None, argument: str, i
 
 def draw(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     """At most `limit` rows, drawn by the seed; all of them in their order if there are no more."""
+    if limit is not None:
+        check_integer(limit, "max_samples", maximum=2**63)
+    check_integer(seed, "seed", minimum=0, maximum=2**32 - 1)
     return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
@@ -222,7 +246,8 @@ def check_labels(rows: Dataset, label_column: str, num_classes: int | None = Non
             f"`class_encode_column({label_column!r})` of `datasets` makes integers of the classes."
         )
     if labels.null_count:
-        row = pc.index(labels.is_null(), True).as_py()
+        row, numbers = pc.index(labels.is_null(), True).as_py(), _row_numbers(rows)
+        row = row if numbers is None else numbers[row].as_py()
         raise ValueError(f"{title} must hold integers, got None in {labels.null_count} rows, first in row {row}.")
     low, high = pc.min_max(labels).as_py().values()
     names = getattr(rows.features[label_column], "names", None)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..models.checks import check_integer
+
 
 @dataclass(frozen=True)
 class ImageTransform:
@@ -32,10 +34,9 @@ class ImageTransform:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_integer(self.resolution, "resolution")
         if self.channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 (grey) or 3 (RGB), got {self.channels}.")
-        if self.resolution < 1:
-            raise ValueError(f"`resolution` must be at least 1, got {self.resolution}.")
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"`min_crop_scale` must be in (0, 1], got {self.min_crop_scale}.")
 
