@@ -98,9 +98,10 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     optimizer, lr_scheduler = make_optimizer(
         parameters, run.num_steps, accelerator.num_processes, **values_for(make_optimizer, args)
     )
-    tokenizer_sha256 = hash_weights(tokenizer.model)
+    frozen = {"tokenizer": tokenizer.model} | ({} if source.teacher is None else {"teacher": source.teacher})
+    hashes = {name: hash_weights(frozen_model) for name, frozen_model in frozen.items()}
     model, optimizer, lr_scheduler, train_loader, *alignments = run.prepare(
-        model, optimizer, lr_scheduler, train_loader, *alignments, tokenizer_sha256=tokenizer_sha256
+        model, optimizer, lr_scheduler, train_loader, *alignments, hashes=hashes
     )
     # It checks that the model fits the tokenizer.
     pipeline = IFSQDiTPipeline(run.saved_model, tokenizer.model, FlowMatchEulerDiscreteScheduler())

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import DynamoBackend
 from diffusers.image_processor import VaeImageProcessor
 from torch.utils.data import DataLoader
 
@@ -115,6 +116,12 @@ def main(args: TokenizerTrainingArguments) -> dict[str, float]:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     tokenizer = view = as_image_tokenizer(model)
+
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.use_regional_compilation and plugin.backend != DynamoBackend.NO:
+        raise ValueError(
+            "`ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION` must be off: a tokenizer has no blocks that are repeated."
+        )
 
     # 2. Data.
     train_rows, validation_rows = load_image_dataset(**values_for(load_image_dataset, args) | {"label_column": None})

@@ -418,3 +418,17 @@ def test_tensors_of_another_kind(make_autoencoder):
             method(right.bfloat16())
     with torch.device("meta"):
         assert make_autoencoder()(images.to("meta")).indices.shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("tiling", [False, True])
+def test_what_is_decoded_is_finite(make_autoencoder, tiling):
+    model = make_autoencoder()
+    model.decoder.conv_out.weight.data.mul_(1e5)
+    if tiling:
+        model.enable_tiling()
+    indices = torch.zeros(1, 8, 8, dtype=torch.long)
+    model.decode_indices(indices)
+    model.half()
+    for decode in (model.decode_indices, lambda ids: model.decode(torch.zeros(1, 3, 8, 8, dtype=torch.float16))):
+        with pytest.raises(ValueError, match="decoded images of the tokenizer, AutoencoderIFSQ in torch.float16"):
+            decode(indices)

@@ -1,5 +1,8 @@
 """What a function that is called after each step sees and may do."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler
@@ -26,6 +29,41 @@ class Interrupt:
         (self.seen,) = values.values()
         pipe._interrupt = self.calls == self.steps
         return values
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_callback_may_call_the_pipeline(make_pipeline, kind):
+    """For a preview, with other options: the images of the outer call are as if it had not."""
+    pipeline = make_pipeline(kind)
+    arguments = {"guidance_scale": 3.0, **OPTIONS[kind], "output_type": "latent"}
+    expected = pipeline([1, 2], generator=generators(2), **arguments).images
+
+    def preview(pipe, step, timestep, values):
+        steps = {"num_inference_steps": 2} if kind == "dit" else {}
+        pipe(0, generator=torch.Generator().manual_seed(9), **steps)
+        return values
+
+    images = pipeline([1, 2], generator=generators(2), callback_on_step_end=preview, **arguments).images
+    assert torch.equal(images, expected) and pipeline.guidance_scale == 3.0
+
+
+def test_calls_in_threads_do_not_disturb_one_another(make_pipeline):
+    pipeline = make_pipeline("dit")
+    arguments = [{"num_inference_steps": steps, "output_type": "latent"} for steps in (3, 8, 5, 4)]
+    alone = [pipeline([1, 2], generator=generators(2), **each).images for each in arguments]
+    started = threading.Barrier(len(arguments))
+
+    def wait(pipe, step, timestep, values):
+        if step == 0:
+            started.wait(60)
+        return values
+
+    def call(each):
+        return pipeline([1, 2], generator=generators(2), callback_on_step_end=wait, **each).images
+
+    with ThreadPoolExecutor(len(arguments)) as threads:
+        for images, expected in zip(threads.map(call, arguments), alone, strict=True):
+            assert torch.equal(images, expected)
 
 
 # --- interruption ---

@@ -17,6 +17,7 @@ from hf_ifsq.training.data import (
     ImageDataset,
     ImageTransform,
     ResumableSampler,
+    draw,
     load_image_dataset,
     load_splits,
     pick_split,
@@ -572,3 +573,34 @@ def test_labels_of_drawn_rows_are_read_at_once():
         assert len(read_class_names(chosen, "label", chosen)) == 1000
     assert time.perf_counter() - start < 2
     assert read_class_names(labelled([7, 1, 0]).select([2, 1]), "label") == {0: "0", 1: "1"}
+
+
+def test_a_missing_label_is_named_by_its_row_as_it_is_stored(tmp_path):
+    features = Features({"image": datasets.Image(), "label": Value("int64")})
+    rows = Dataset.from_dict({"image": pictures(6), "label": [0, 1, 0, 1, None, 1]}, features=features)
+    (tmp_path / "rows").mkdir()
+    rows.to_parquet(tmp_path / "rows" / "train.parquet")
+    for seed in range(4):
+        train, _ = load_image_dataset(str(tmp_path / "rows"), label_column="label", max_train_samples=5, seed=seed)
+        if None in train["label"][:]:
+            with pytest.raises(ValueError, match="first in row 4"):
+                read_class_names(train, "label")
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "3"])
+def test_numbers_of_rows_that_are_none(limit):
+    with pytest.raises(ValueError, match="`max_samples` must be an integer"):
+        draw(make_dataset(pictures(4)), limit, 0)
+
+
+@pytest.mark.parametrize("format", ["torch", "numpy", "arrow"])
+def test_rows_in_another_format(format):
+    images = pictures(3)
+    data = make_data(make_dataset(images).with_format(format))
+    assert torch.equal(data[1]["pixel_values"], to_pixels(images[1])) and data[1]["class_labels"] == 1
+
+
+def test_a_dataset_with_a_validation_split_alone_is_not_validated_on_itself(tmp_path):
+    DatasetDict({"validation": make_dataset(pictures(4))}).save_to_disk(tmp_path / "rows")
+    train, validation = load_image_dataset(str(tmp_path / "rows"))
+    assert len(train) == 4 and validation is None

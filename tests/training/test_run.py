@@ -93,6 +93,8 @@ def train(run, until=None, poison_step=None):
             weights.append(model.layer.weight.detach().clone())
             if run.global_step == until:
                 break
+    if run.global_step == run.num_steps:
+        run.save(run.saved_model)
     return model, weights
 
 
@@ -141,6 +143,9 @@ def test_metrics_are_means_over_the_steps_and_passes_between_two_entries(start):
         run.record(loss=torch.tensor(value), half=torch.tensor(value / 2, dtype=torch.bfloat16))
         if value in (2.0, 6.0, 20.0):
             run.end_step(learning_rate=0.25)
+    # That of the last step comes after the result.
+    assert [entry["step"] for entry in read_log(run)] == [2]
+    run.save(run.saved_model)
     assert read_log(run) == [
         {"step": 2, "loss": 3.0, "half": 1.5, "learning_rate": 0.25},
         {"step": 3, "loss": 15.0, "half": 7.5, "learning_rate": 0.25},
@@ -166,6 +171,7 @@ def test_throughput_leaves_out_validations_and_checkpoints(start, monkeypatch, t
         run.end_step(learning_rate=0.1, tokens_per_image=tokens_per_image)
         with run.untimed():
             seconds += 100
+    run.save(run.saved_model)
     lines = (run.folder / "training_log.jsonl").read_text().splitlines()
     rates = {entry["step"]: entry[f"{unit}_per_second"] for entry in map(json.loads, lines)}
     per_image = tokens_per_image or 1
@@ -253,7 +259,7 @@ def test_a_checkpoint_holds_a_usable_model(start):
 def test_a_checkpoint_stores_the_average_once_and_no_pickle_that_could_run_code(start, monkeypatch):
     run = start(checkpointing_steps=4, max_train_steps=4, use_ema=True)
     train(run)
-    files = sorted(str(path.relative_to(run.folder)) for path in run.folder.rglob("*.safetensors"))
+    files = sorted(str(path.relative_to(run.folder)) for path in run.folder.glob("checkpoint-4/**/*.safetensors"))
     assert files == ["checkpoint-4/model.safetensors", "checkpoint-4/model/diffusion_pytorch_model.safetensors"]
     loaded, load = [], torch.load
 
@@ -364,7 +370,7 @@ with lock_folder(pathlib.Path({str(tmp_path / "out")!r})):
         run = start(max_train_steps=1)
         train(run)
         run.finish("")
-    assert sorted(path.name for path in run.folder.iterdir()) == [".lock", "README.md", "training_log.jsonl"]
+    assert {".lock", "README.md", "training_log.jsonl"} < {path.name for path in run.folder.iterdir()}
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(start, tmp_path):
@@ -480,7 +486,7 @@ def test_tokens_of_another_tokenizer_are_refused_and_other_images_said(start, ca
         model = Linear()
         numbers = Numbers()
         run.dataloader(torch.utils.data.Subset(numbers, range(count)))
-        run.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), tokenizer_sha256=tokenizer_sha256)
+        run.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), hashes={"tokenizer": tokenizer_sha256})
 
     run = start(checkpointing_steps=1)
     begin(run, "abc", 11)
@@ -665,3 +671,62 @@ def test_other_compilations_are_left_as_they_are(start, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     plugin = start().accelerator.state.dynamo_plugin
     assert plugin.backend.value == "EAGER" and plugin.options is None and plugin.mode == "default"
+
+
+def test_what_is_written_after_the_last_step_does_not_lose_the_result(start, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    for name in ("_save_checkpoint", "log"):
+        run = start(checkpointing_steps=4, max_train_steps=4, logging_steps=4)
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingRun, name, fail)
+            with pytest.raises(OSError, match="no space") as failure:
+                train(run)
+        assert f"its model is in {run.folder}" in failure.value.__notes__[0]
+        Linear.from_pretrained(run.folder)
+        shutil.rmtree(run.folder)
+
+
+def test_epochs_are_counted_in_images_where_the_batch_changes(start):
+    """11 images, 4 epochs: 44 of them, of which 12 are seen in 6 steps of 2, and the rest in 8 steps of 4."""
+    options = {"max_train_steps": None, "num_train_epochs": 4, "checkpointing_steps": 6}
+    train(start(**options), until=6)
+    run = start(**options, train_batch_size=4, resume_from_checkpoint="latest")
+    train(run)
+    assert (run.global_step, run.samples_seen) == (6 + 8, 44)
+
+
+def test_processes_that_would_train_each_by_itself(start, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="2 processes were launched.*`ACCELERATE_USE_CPU=true`"):
+        start()
+
+
+def test_accumulation_of_less_than_one_pass(start, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0")
+    with pytest.raises(ValueError, match="`gradient_accumulation_steps`.*at least 1"):
+        start()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", '{"global_step": 4}'])
+def test_a_state_without_its_counters(start, content):
+    train(start(checkpointing_steps=4, max_train_steps=4))
+    (start(resume_from_checkpoint="latest")._checkpoint / "training_state.json").write_text(content)
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`.*checkpoint-4 cannot be resumed from"):
+        start(resume_from_checkpoint="latest")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "config.json"])
+def test_a_damaged_average(start, name):
+    train(start(checkpointing_steps=4, max_train_steps=4, use_ema=True))
+    folder = start(resume_from_checkpoint="latest", use_ema=True)._checkpoint
+    (folder / "model" / name).write_bytes((folder / "model" / name).read_bytes()[:20])
+    with pytest.raises(ValueError, match="`resume_from_checkpoint`.*checkpoint-4 cannot be resumed from"):
+        train(start(resume_from_checkpoint="latest", use_ema=True))
+
+
+@pytest.mark.parametrize("value", ["--tokenizer=/home/alice/lr=1e-4/tok", "/home/alice/lr=1e-4/tok"])
+def test_places_with_an_equals_sign(value):
+    assert without_local_paths(value) in ("tok", "--tokenizer=tok")

@@ -159,7 +159,9 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
         # The path is followed in float32 whatever the dtype of the model.
         latents = latents.to(labels.device, torch.float32)
         if not (latents.abs() <= MAX_NOISE).all():
-            raise ValueError(f"`latents` must be standard normal noise, in [-{MAX_NOISE}, {MAX_NOISE}] in any case.")
+            raise ValueError(
+                f"`latents` must be standard normal noise, but holds NaN or values beyond {MAX_NOISE} in size."
+            )
         self._num_timesteps, self._interrupt = num_inference_steps, False
 
         # 2. Follow the velocity from noise to latents and decode them.
@@ -177,7 +179,8 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
                 return changed
 
             for batch in batches:
-                scheduler = self._prepare_scheduler(num_inference_steps)
+                # Where callbacks look for it, until the next call makes another.
+                self.scheduler = scheduler = self._prepare_scheduler(num_inference_steps)
                 self._guidance_scale = float(guidance_scale)
                 final_latents = self._follow_velocity(
                     scheduler, latents[batch], labels[batch], guidance_interval, on_step_end
@@ -225,8 +228,9 @@ class IFSQDiTPipeline(ClassConditionalPipeline):
             # A scheduler of order 2 makes a step of two calls, and the last one of one.
             if (call + 1) % scheduler.order == 0 or call + 1 == num_calls:
                 latents = on_step_end(call // scheduler.order, timestep, latents)
-                # A callback may change it.
-                check_guidance(self._guidance_scale, guidance_interval, transformer.config.class_dropout_prob)
+                # A callback may change it; those of diffusers turn it off by 0.
+                changed = 1.0 if self._guidance_scale == 0 else self._guidance_scale
+                check_guidance(changed, guidance_interval, transformer.config.class_dropout_prob)
                 if self._interrupt:
                     break
         # The nearest code of NaN would be some code, and give a picture.

@@ -45,6 +45,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
     _interrupt = False
     _num_timesteps = 0
     _guidance_scale = 1.0
+    _num_calls = 0
 
     def __init__(self, **components: Any):
         super().__init__()
@@ -140,6 +141,7 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         return_dict: bool,
     ) -> tuple[torch.Tensor, list[slice]]:
         """Check the inputs of both pipelines. Gives each image's label and the images that are generated together."""
+        self._num_calls += 1
         self._check_classes(self.components)
         self._check_match()
         for name in ("transformer", "tokenizer"):
@@ -206,7 +208,11 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
     ) -> torch.Tensor:
         """Show values to the user's function, if it is to see them, and return what it makes of them."""
         (name,) = self._callback_tensor_inputs
+        num_calls, state = self._num_calls, (self._guidance_scale, self._num_timesteps, self._interrupt)
         returned = callback(self, step, timestep, {key: values.clone() for key in shown})
+        if self._num_calls > num_calls:
+            # It has called the pipeline itself, for a preview say: what it has set is that call's.
+            self._guidance_scale, self._num_timesteps, self._interrupt = state
         if not isinstance(returned, Mapping) or any(key != name for key in returned):
             raise TypeError(
                 f"`callback_on_step_end` must return a dictionary, empty or with `{name}`, got {describe(returned)}."

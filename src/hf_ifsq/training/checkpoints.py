@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, load
+from diffusers.models.modeling_utils import ModelMixin
 from transformers import PreTrainedModel
 
 from .model_card import without_local_paths
@@ -112,14 +113,18 @@ def read_state(checkpoint: Path | None) -> dict[str, Any]:
     if checkpoint is None:
         return {"global_step": 0, "samples_seen": 0}
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        return {"global_step": state["global_step"], "samples_seen": state["samples_seen"], **state}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(checkpoint, error) from error
 
 
-def load_state(checkpoint: Path, accelerator: Accelerator, num_processes: int) -> None:
+def load_state(
+    checkpoint: Path, accelerator: Accelerator, num_processes: int, average: ModelMixin | PreTrainedModel | None
+) -> None:
     """
-    Load what `accelerator` prepared, and the random states of this process if the checkpoint is of as many processes.
+    Load what `accelerator` prepared, the random states of this process if the checkpoint is of as many processes, and
+    the moving `average` into the model that holds it, if there is one.
 
     Raises:
         ValueError: if something in the checkpoint is missing, damaged or does not fit.
@@ -131,6 +136,8 @@ def load_state(checkpoint: Path, accelerator: Accelerator, num_processes: int) -
         except Exception as error:  # The unpickler fails in any way on a damaged file.
             raise _unreadable(checkpoint, error, "the random states of this process are missing or damaged") from error
     try:
+        if average is not None:
+            average.load_state_dict(type(average).from_pretrained(checkpoint / "model").state_dict())
         accelerator.load_state(str(checkpoint))
     except torch.OutOfMemoryError:
         raise
@@ -138,15 +145,13 @@ def load_state(checkpoint: Path, accelerator: Accelerator, num_processes: int) -
         raise _unreadable(checkpoint, error) from error
 
 
-def run_settings(
-    model: Any, arguments: Mapping[str, Any], tokenizer_sha256: str | None, **facts: Any
-) -> dict[str, Any]:
+def run_settings(model: Any, arguments: Mapping[str, Any], hashes: Mapping[str, str], **facts: Any) -> dict[str, Any]:
     """
     What a run is trained with, as its checkpoints store it: arguments, other `facts`, the config of the model, and the
-    hash of the tokenizer that made its tokens.
+    hashes of the frozen models that it learns from.
     """  # noqa: D205
     config = model.config.to_dict() if isinstance(model, PreTrainedModel) else dict(model.config)
-    config = {**config, "tokenizer_sha256": tokenizer_sha256}
+    config = {**config, **hashes}
     values = {
         "arguments": {name: _shown(arguments[name]) for name in arguments if name not in OPERATIONAL},
         "config": {name: config[name] for name in config if name[0] != "_" and name not in ABOUT_FILES},
@@ -162,7 +167,7 @@ def report_changes(checkpoint: Path, before: Mapping[str, Any], now: Mapping[str
 
     Raises:
         ValueError: if it has a moving average and the run has none, or the other way round, or if the config of the
-            model is another, which the weights may fit all the same, or another tokenizer made its tokens.
+            model is another, which the weights may fit all the same, or it learned from other frozen models.
     """
     has_average = "ema_steps" in before
     if use_ema != has_average:

@@ -332,6 +332,11 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def fingerprint(self) -> str | None:
+        """By which `datasets` tells rows from others; `None` of rows that are no `Dataset`."""
+        return getattr(self.rows, "_fingerprint", None)
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, position = key if isinstance(key, tuple) else (key, None)
         row = self.stored[index]

@@ -54,8 +54,11 @@ def without_local_paths(value: Any) -> Any:
     """
     if not isinstance(value, str | Path):
         return value
-    option, equals, text = str(value).rpartition("=") if str(value).startswith("--") else ("", "", str(value))
+    option, equals, text = "", "", str(value)
+    if text.startswith("--") and "=" in text:
+        option, equals, text = text.partition("=")
     path = Path(text)
-    if path.is_absolute() or text.startswith(("~", "file:")) or ".." in path.parts:
+    leads_home = ".." in path.parts or Path.home().name in path.parts[:-1]
+    if path.is_absolute() or text.startswith(("~", "file:")) or leads_home:
         text = path.name
     return f"{option}{equals}{text}"

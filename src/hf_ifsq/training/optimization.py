@@ -1,6 +1,7 @@
 """The optimizer of all trainings and the schedule of its learning rate."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -41,6 +42,18 @@ def make_optimizer(
         num_training_steps=num_training_steps * num_processes,
     )
     return optimizer, schedule
+
+
+@contextlib.contextmanager
+def kept_settings(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[None]:
+    """Keep the learning rate, betas and so on of optimizers while their states are loaded, which hold those of old."""
+    optimizers = list(optimizers)
+    kept = [[{**group, "params": ()} for group in optimizer.param_groups] for optimizer in optimizers]
+    yield
+    for optimizer, groups in zip(optimizers, kept, strict=True):
+        # Loading makes new groups.
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update({**values, "params": group["params"]})
 
 
 def resume_schedule(schedule: torch.optim.lr_scheduler.LambdaLR, num_steps: int) -> None:

@@ -44,7 +44,13 @@ class Pretrained:
                 component = ""
             subfolder = component
         self.options = {"subfolder": subfolder} if subfolder else {}
-        self.config: dict[str, Any] = AutoencoderIFSQ.load_config(name_or_path, **self.options)
+        try:
+            self.config: dict[str, Any] = AutoencoderIFSQ.load_config(name_or_path, **self.options)
+        except OSError as error:
+            raise ValueError(
+                f"`pretrained_model_name_or_path` {name_or_path!r} must be a folder or a name on the Hub of a model "
+                f"or pipeline, but there is no config of one{f' in {subfolder!r}' * bool(subfolder)}: {error}"
+            ) from error
         classes = self.config.get("architectures") or [self.config.get("_class_name")]
         if not {model_class.__name__ for model_class in model_classes}.issuperset(classes):
             raise ValueError(
@@ -73,9 +79,10 @@ class Pretrained:
         changes = differences(self.config, json.loads(json.dumps(config)))
         if changes:
             logger.info(f"{self.name_or_path} is changed to fit: {', '.join(changes.values())}.")
-        misfits = sorted({key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]})
-        if misfits:
-            logger.warning(f"{self.name_or_path} has weights of other sizes, initialized anew: {', '.join(misfits)}.")
+        keys = [*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])]
+        for names, fate in ((keys, "initialized anew"), (info["unexpected_keys"], "left out")):
+            if names:
+                logger.warning(f"{self.name_or_path} does not fit; {fate} are {', '.join(sorted(names))}.")
         if isinstance(model, ConfigMixin):
             forget_place(model, self.name_or_path)
         return model

@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 import torch._inductor
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.utils import (
-    DistributedType,
-    DynamoBackend,
-    ProjectConfiguration,
-    TorchDynamoPlugin,
     set_seed,
 )
 from diffusers.models.modeling_utils import ModelMixin
@@ -37,9 +32,10 @@ from transformers import PreTrainedModel
 
 from .checkpoints import STATE_FILE, Checkpoints, load_state, read_state, report_changes, run_settings
 from .data import ResumableSampler, collate
+from .launching import make_accelerator
 from .log import TrainingLog
 from .model_card import without_local_paths
-from .optimization import resume_schedule
+from .optimization import kept_settings, resume_schedule
 from .output_folder import NOT_UPLOADED, lock_folder, remove_partial, written_whole
 
 
@@ -97,25 +93,10 @@ class TrainingRun:
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise ImportError(f"`report_to` {self.report_to!r} needs its package: `pip install {self.report_to}`.")
         self.folder = Path(self.output_dir)
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            mixed_precision=self.mixed_precision,
-            dynamo_plugin=_dynamo_plugin(),
-            log_with=None if self.report_to == "none" else self.report_to,
-            project_config=ProjectConfiguration(self.output_dir, logging_dir=str(self.folder / "logs")),
+        self.accelerator = make_accelerator(
+            self.output_dir, self.gradient_accumulation_steps, self.mixed_precision, self.report_to
         )
         logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", level=logging.INFO)
-        distributed_type = self.accelerator.distributed_type
-        if distributed_type != DistributedType.NO and not distributed_type.name.startswith("MULTI_"):
-            raise ValueError(
-                f"Training runs on one or several devices by data parallelism, not by {distributed_type}."
-            )
-        configured = self.accelerator.gradient_accumulation_steps
-        if self.gradient_accumulation_steps not in (1, configured):
-            raise ValueError(
-                f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but Accelerate is configured "
-                f"for {configured} (`ACCELERATE_GRADIENT_ACCUMULATION_STEPS`), which it prefers: give one of them."
-            )
         # The same weights on all processes, the moving average of which is not distributed.
         set_seed(self.seed)
         self._lock = contextlib.ExitStack()
@@ -126,8 +107,9 @@ class TrainingRun:
         self._sums: dict[str, list[torch.Tensor]] = {}
         self._ema: EMAModel | None = None
         self._saved_model: Any = None
-        self._num_images = 0
-        self._tokenizer_sha256: str | None = None
+        self._data: dict[str, Any] = {}
+        self._hashes: dict[str, str] = {}
+        self._unwritten: tuple[dict[str, float], bool] | None = None
         self.checkpoints = Checkpoints(self.folder, self.checkpoints_total_limit)
         self._checkpoint = self.checkpoints.find(self.resume_from_checkpoint, self.accelerator)
         self._state = read_state(self._checkpoint)
@@ -183,9 +165,11 @@ class TrainingRun:
         read: as many batches as there are forward passes to come.
         """
         count, batch_size = len(dataset), self.global_batch_size  # type: ignore[arg-type]  # `Dataset` has no length
-        self._num_images = count
+        self._data = {"num_images": count, "data_fingerprint": getattr(dataset, "fingerprint", None)}
         if self.max_train_steps is None:
-            self.max_train_steps = math.ceil(self.num_train_epochs * count / batch_size)
+            # A resumed run may take more or fewer images a step than the one before.
+            images_to_come = max(0, self.num_train_epochs * count - self.samples_seen)
+            self.max_train_steps = self.global_step + math.ceil(images_to_come / batch_size)
         stop = self.samples_seen + (self.num_steps - self.global_step) * batch_size
         logger.info(f"{count} images, {batch_size} per step, steps {self.global_step} to {self.num_steps}.")
         sampler = ResumableSampler(count, self.seed, self.samples_seen, stop)
@@ -209,14 +193,15 @@ class TrainingRun:
         model: nn.Module,
         *others: Any,
         saved: ModelMixin | PreTrainedModel | None = None,
-        tokenizer_sha256: str | None = None,
+        hashes: Mapping[str, str] | None = None,
     ) -> tuple:
         """
         Prepare the trained model and whatever goes with it (optimizers, schedules, dataloader, further trained
         modules) for the devices, make `saved_model` of `saved`, by default of the model itself, and load the
-        checkpoint to resume from, if any, of a training on the same tokenizer. Gives all but `saved`, prepared.
+        checkpoint to resume from, if any. Its training must have had the same `hashes`, of the frozen models that the
+        trained one learns from. Gives all but `saved` and `hashes`, prepared.
         """
-        self._tokenizer_sha256 = tokenizer_sha256
+        self._hashes = {f"{name}_sha256": value for name, value in (hashes or {}).items()}
         source = model if saved is None else saved
         model.to(self.accelerator.device)
         # Made before the trained model is wrapped in anything.
@@ -283,10 +268,18 @@ class TrainingRun:
             rate = (self.samples_seen - self._samples_logged) / (time.perf_counter() - self._logged_at)
             unit = "images" if tokens_per_image is None else "tokens"
             metrics |= {"learning_rate": learning_rate, f"{unit}_per_second": rate * (tokens_per_image or 1)}
+            self._unwritten = (metrics, checkpoint_due)
+            # After the last step the result comes first.
+            if self.global_step < self.num_steps:
+                self._write()
+            self._samples_logged, self._logged_at = self.samples_seen, time.perf_counter()
+
+    def _write(self) -> None:
+        if self._unwritten is not None:
+            (metrics, checkpoint_due), self._unwritten = self._unwritten, None
             self.log(metrics)
             if checkpoint_due:
                 self._save_checkpoint()
-            self._samples_logged, self._logged_at = self.samples_seen, time.perf_counter()
 
     @property
     def validation_due(self) -> bool:
@@ -314,17 +307,26 @@ class TrainingRun:
         self._log.write_images(self.global_step, name, images, columns)
 
     def save(self, result: ModelMixin | DiffusionPipeline) -> None:
-        """Write a model or pipeline to `output_dir`, in one process, so that it is there as a whole or not at all."""
+        """
+        Write a model or pipeline to `output_dir`, in one process, so that it is there as a whole or not at all, and
+        then the log and the checkpoint of the last step.
+        """  # noqa: D205
         if self.accelerator.is_main_process:
             with written_whole(self.folder) as folder:
                 result.save_pretrained(folder)
+            # That of an earlier result says what is no longer true.
+            (self.folder / "README.md").unlink(missing_ok=True)
+        # Another process may fail in what comes next, and all are ended then.
+        self.accelerator.wait_for_everyone()
+        with self.after_training():
+            self._write()
 
     @contextlib.contextmanager
     def after_training(self) -> Iterator[None]:
         """What comes after the last step and `save`; an error in it says where the trained model is."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
             error.add_note(
                 f"The training is done, and its model is in {self.folder}: only what came after has failed."
             )
@@ -360,41 +362,25 @@ class TrainingRun:
         return run_settings(
             self.saved_model,
             self.arguments,
-            self._tokenizer_sha256,
+            self._hashes,
             num_processes=self.accelerator.num_processes,
+            gradient_accumulation_steps=self.accelerator.gradient_accumulation_steps,
             precision=self.accelerator.mixed_precision,
-            num_images=self._num_images,
+            **self._data,
         )
 
     def _load_checkpoint(self, path: Path, prepared: tuple) -> None:
         logger.info(f"Resuming from {path.name}.")
         report_changes(path, self._state, self._run_settings, self.use_ema)
-        if self._ema is not None:
-            average = type(self.saved_model).from_pretrained(path / "model")
-            self.saved_model.load_state_dict(average.state_dict())
-            self._ema.optimization_step = self._state["ema_steps"]
         optimizers = [each for each in prepared if isinstance(each, AcceleratedOptimizer)]
-        settings = [[{**group, "params": ()} for group in optimizer.param_groups] for optimizer in optimizers]
         num_processes = self._state.get("facts", {}).get("num_processes", self.accelerator.num_processes)
-        load_state(path, self.accelerator, num_processes)
         # The learning rate and so on are those of this run, not those of the checkpoint.
-        for optimizer, groups in zip(optimizers, settings, strict=True):
-            for group, values in zip(optimizer.param_groups, groups, strict=True):
-                group.update({**values, "params": group["params"]})
+        with kept_settings(optimizers):
+            load_state(path, self.accelerator, num_processes, self.saved_model if self._ema is not None else None)
+        if self._ema is not None:
+            self._ema.optimization_step = self._state["ema_steps"]
         for schedule in prepared:
             if isinstance(schedule, AcceleratedScheduler):
                 # Accelerate counts a step once for each process.
                 num_steps = schedule.scheduler.last_epoch // num_processes
                 resume_schedule(schedule.scheduler, num_steps * self.accelerator.num_processes)
-
-
-def _dynamo_plugin() -> TorchDynamoPlugin:
-    """The compilation that `accelerate` was configured for, less what is wrong in it."""
-    plugin = TorchDynamoPlugin()
-    if plugin.backend == DynamoBackend.INDUCTOR:
-        # With optimized layouts, inductor's backward of an upsampling to the nearest neighbour reads its buffer before
-        # it is filled (torch 2.13): all before it in a tokenizer, encoder included, would get no gradient, unnoticed.
-        plugin.options = {**torch._inductor.list_mode_options(plugin.mode), "layout_optimization": False}
-        # It is in the options, beside which torch takes none.
-        plugin.mode = None
-    return plugin

@@ -155,6 +155,11 @@ class TokenDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def fingerprint(self) -> str:
+        """By which `datasets` tells rows from others."""
+        return self.rows._fingerprint
+
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         index, position = key if isinstance(key, tuple) else (key, key)
         row = self.rows[index]
