@@ -804,6 +804,13 @@ def test_size_of_the_other_generator(run_here, capsys, script, size):
 # --- after the last step, and before the first ---
 
 
+@pytest.mark.parametrize("backend", ["EAGER", "INDUCTOR"])
+def test_regional_compilation_of_a_tokenizer(fails, monkeypatch, backend):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    fails("train_tokenizer", "`ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION` must be off")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_fails_after_the_training_leaves_the_model_on_disk(run_here, tmp_path, monkeypatch, script):
     def fail(**values):
@@ -853,6 +860,41 @@ def test_generators_begin_with_weights_and_other_classes(workspace, run_main, tm
     assert config["id2label"] == {"0": "dog", "1": "eel"} and config["num_classes"] == 2
     for file in (tmp_path / "out").rglob("*.json"):
         assert str(trained.parent) not in file.read_text(), file
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_generators_begin_with_weights_and_the_same_classes(workspace, run_main, tmp_path, script):
+    """Nothing is new then: dropouts are those of the weights, whatever the default of the arguments."""
+    trained = workspace.trained(script)
+    arguments = [*PLAIN.split(), *STILL, "--num_images_per_label", "1", "--dataset_name", str(workspace.data)]
+    arguments += ["--pretrained_model_name_or_path", str(trained / "transformer"), "--tokenizer"]
+    run_main(script, [*arguments, str(trained / "tokenizer"), "--output_dir", str(tmp_path / "out")])
+    before, after = (
+        load_file(next(folder.glob("transformer/*.safetensors"))) for folder in (trained, tmp_path / "out")
+    )
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (
+        json.loads((folder / "transformer/config.json").read_text()) for folder in (trained, tmp_path / "out")
+    )
+    assert {**before, "_name_or_path": ""} == {**after, "_name_or_path": ""}
+
+
+@pytest.mark.parametrize("script, of", [("train_repa_ar", "train_repa_dit"), ("train_repa_dit", "train_tokenizer")])
+def test_weights_of_another_kind(workspace, run_main, tmp_path, script, of):
+    (tmp_path / "empty").mkdir()
+    places = {workspace.trained(of): " must be a model of the class IFSQ", tmp_path / "empty": " there is no config"}
+    for place, message in places.items():
+        arguments = [
+            "--dataset_name",
+            str(workspace.data),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--resolution",
+            "16",
+        ]
+        arguments += ["--tokenizer", str(workspace.trained("train_tokenizer")), "--output_dir", str(tmp_path / "out")]
+        with pytest.raises(ValueError, match=f"`pretrained_model_name_or_path` '{place}'.*{message}"):
+            run_main(script, [*arguments, "--pretrained_model_name_or_path", str(place)])
 
 
 def test_a_tokenizer_begins_with_weights(workspace, run_main, tmp_path):

@@ -1,5 +1,6 @@
 import functools
 import io
+import os
 import re
 import time
 
@@ -604,3 +605,15 @@ def test_a_dataset_with_a_validation_split_alone_is_not_validated_on_itself(tmp_
     DatasetDict({"validation": make_dataset(pictures(4))}).save_to_disk(tmp_path / "rows")
     train, validation = load_image_dataset(str(tmp_path / "rows"))
     assert len(train) == 4 and validation is None
+
+
+def test_fingerprint_of_rows(tmp_path):
+    """The same for the same rows, read again; another for other rows in the same place."""
+
+    def fingerprint(seed, **options):
+        make_dataset(pictures(6, seed=seed)).to_parquet(tmp_path / "rows.parquet")
+        os.utime(tmp_path / "rows.parquet", (seed, seed))
+        return make_data(load_image_dataset(str(tmp_path / "rows.parquet"), **options)[0]).fingerprint
+
+    assert fingerprint(1) == fingerprint(1) != fingerprint(2)
+    assert fingerprint(1, max_train_samples=3) == fingerprint(1, max_train_samples=3) != fingerprint(1)
