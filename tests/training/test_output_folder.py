@@ -1,3 +1,4 @@
+import json
 import pathlib
 
 import pytest
@@ -12,7 +13,7 @@ def files(folder):
 def write(folder, version):
     (folder / "transformer").mkdir()
     (folder / "transformer" / f"{version}.txt").write_text(version)
-    (folder / "model_index.json").write_text(version)
+    (folder / "model_index.json").write_text(json.dumps({"version": version}))
 
 
 def test_a_result_replaces_the_one_before_and_leaves_the_rest(tmp_path):
@@ -21,7 +22,31 @@ def test_a_result_replaces_the_one_before_and_leaves_the_rest(tmp_path):
     for version in ("old", "new"):
         with written_whole(tmp_path) as folder:
             write(folder, version)
-    assert files(tmp_path) == {"checkpoint-1/state": "state", "model_index.json": "new", "transformer/new.txt": "new"}
+    assert files(tmp_path) == {
+        "checkpoint-1/state": "state",
+        "model_index.json": '{"version": "new"}',
+        "transformer/new.txt": "new",
+    }
+
+
+def test_a_result_of_another_kind_leaves_nothing_of_the_one_before(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with written_whole(tmp_path) as folder:
+        (folder / "config.json").write_text("{}")
+        (folder / "diffusion_pytorch_model.safetensors").write_text("weights")
+    for scheduler in ("scheduler", None):
+        with written_whole(tmp_path) as folder:
+            for name in filter(None, ("transformer", scheduler)):
+                (folder / name).mkdir()
+                (folder / name / "config.json").write_text(name)
+            index = {
+                "_class_name": "Pipeline",
+                "transformer": ["a", "b"],
+                **({scheduler: ["c", "d"]} if scheduler else {}),
+            }
+            (folder / "model_index.json").write_text(json.dumps(index))
+        assert ("scheduler/config.json" in files(tmp_path)) == (scheduler is not None)
+    assert set(files(tmp_path)) == {"notes.txt", "model_index.json", "transformer/config.json"}
 
 
 def test_a_result_that_fails_leaves_the_one_before(tmp_path):
@@ -31,7 +56,7 @@ def test_a_result_that_fails_leaves_the_one_before(tmp_path):
         (folder / "model_index.json").write_text("half")
         raise OSError("no space")
     remove_partial(tmp_path)
-    assert files(tmp_path) == {"model_index.json": "old", "transformer/old.txt": "old"}
+    assert files(tmp_path) == {"model_index.json": '{"version": "old"}', "transformer/old.txt": "old"}
 
 
 @pytest.mark.parametrize("killed_at", ["rename", "replace"])
@@ -52,7 +77,7 @@ def test_a_process_that_is_killed_between_two_renames_loses_nothing(tmp_path, mo
             (folder / "model_index.json").unlink()
             patch.setattr(pathlib.Path, killed_at, die)
     remove_partial(tmp_path)
-    assert files(tmp_path) == {"model_index.json": "old", "transformer/old.txt": "old"}
+    assert files(tmp_path) == {"model_index.json": '{"version": "old"}', "transformer/old.txt": "old"}
 
 
 def test_rights_of_new_files(tmp_path):

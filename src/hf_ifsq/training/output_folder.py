@@ -1,6 +1,7 @@
 """The folder that a run writes to: one run at a time, what is in it is whole, and others may read it."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ LOCK_FILE = ".lock"
 PARTIAL = "partial-"
 PARTIAL_RESULT = f"{PARTIAL}result"
 REPLACED = f"{PARTIAL}replaced-"
+
+# Those of a model, and of the root of a pipeline, as the libraries call them.
+MODEL_FILES = ["*config.json", "model_index.json", "diffusion_pytorch_model*.safetensors*", "model*.safetensors*"]
 
 # What a result on the Hub does without.
 NOT_UPLOADED = [LOCK_FILE, f"{PARTIAL}*", "checkpoint-*", "logs/*"]
@@ -51,22 +55,36 @@ def remove_partial(folder: Path) -> None:
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """
-    A new folder to write to, whose files and folders at the end take the places of those in `folder`. A process that
-    is killed meanwhile leaves nothing half written there, but what [`remove_partial`] clears up.
+    A new folder to write a model or pipeline to, whose files and folders at the end take the places of those in
+    `folder`; what an earlier one had besides is removed. A process that is killed meanwhile leaves nothing half
+    written there, but what [`remove_partial`] clears up.
     """
     partial = folder / PARTIAL_RESULT
     partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         reset_permissions(partial)
+        stale = _names_of_result(folder) - {path.name for path in partial.iterdir()}
         for path in sorted(partial.iterdir()):
             target, replaced = folder / path.name, folder / f"{REPLACED}{path.name}"
             if target.is_dir():
                 target.rename(replaced)
             path.replace(target)
             shutil.rmtree(replaced, ignore_errors=True)
+        for path in map(folder.joinpath, stale):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     finally:
         remove_partial(folder)
+
+
+def _names_of_result(folder: Path) -> set[str]:
+    """What is in a folder of the model or pipeline that was saved there."""
+    paths = [path for pattern in MODEL_FILES for path in folder.glob(pattern)]
+    names = {path.name for path in paths}
+    if "model_index.json" in names:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        names |= {name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir()}
+    return names
 
 
 def reset_permissions(folder: Path) -> None:
