@@ -497,6 +497,7 @@ def test_two_processes_train_as_one(one_and_two_processes):
 
 def test_a_discriminator_that_begins_after_the_end_of_a_run(workspace, tmp_path):
     options = ["--discriminator_start_step", "4", "--checkpointing_steps", "3", "--lr_scheduler", "constant"]
+    options += ["--lr_warmup_steps", "0"]
     workspace.run("train_tokenizer", tmp_path / "run", *options, "--max_train_steps", "3")
     resume = ["--max_train_steps", "6", "--resume_from_checkpoint", "latest"]
     workspace.run("train_tokenizer", tmp_path / "run", *options, *resume)
