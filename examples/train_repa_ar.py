@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hf_ifsq import IFSQARConfig, IFSQARForImageGeneration, IFSQARPipeline
+from hf_ifsq.guidance import check_guidance
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.configuration_ifsq_ar import SIZES
 from hf_ifsq.randomness import draw, generators_at
@@ -82,6 +83,7 @@ def main(args: ARTrainingArguments) -> dict[str, float]:
     else:
         model = pretrained.load(IFSQARForImageGeneration, **about_data, **dropouts)
     config = model.config
+    check_guidance(args.guidance_scale, (0.0, 1.0), config.class_dropout_prob)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     alignments, repa_depth, cknna_depth = [], None, None

@@ -18,6 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.utils.data import DataLoader
 
 from hf_ifsq import IFSQDiTPipeline, IFSQDiTTransformer2DModel
+from hf_ifsq.guidance import check_guidance
 from hf_ifsq.metrics.alignment import cknna
 from hf_ifsq.models.transformer_ifsq_dit import SIZES
 from hf_ifsq.randomness import draw, generators_at
@@ -85,6 +86,7 @@ def main(args: DiTTrainingArguments) -> dict[str, float]:
     else:
         model = pretrained.load(IFSQDiTTransformer2DModel, **options)
     class_dropout_prob = model.config.class_dropout_prob
+    check_guidance(args.guidance_scale, (0.0, 1.0), class_dropout_prob)
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     alignments, repa_depth, cknna_depth = [], None, None
