@@ -23,7 +23,7 @@ NOT_UPLOADED = [LOCK_FILE, f"{PARTIAL}*", "checkpoint-*", "logs/*"]
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path, name: str = "output_dir") -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder; a `ValueError` if one is in it. The lock of a killed process is void."""
     folder.mkdir(parents=True, exist_ok=True)
     # Another cell of a notebook is in the same process, and may go on after an error in the first.
@@ -32,7 +32,7 @@ def lock_folder(folder: Path, name: str = "output_dir") -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"`{name}` {folder} is in use by another run, which would mix with this one: wait for its end, or choose "
+            f"`output_dir` {folder} is in use by another run, which would mix with this one: wait for its end, or choose "
             "another folder."
         ) from None
     try:
