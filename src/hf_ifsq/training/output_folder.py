@@ -32,8 +32,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"`output_dir` {folder} is in use by another run, which would mix with this one: wait for its end, or choose "
-            "another folder."
+            f"`output_dir` {folder} is in use by another run, which would mix with this one: wait for its end, or "
+            "choose another folder."
         ) from None
     try:
         yield
